@@ -1,0 +1,137 @@
+"""What passes between the harness and a plugin: the method's card, its tasks, and its certificates.
+
+Nothing here imports torch at run time, so that a plugin's registration costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from certbench.recipe import Recipe, Strict
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from certbench.data.dataset import Dataset, Split
+
+Guarantee = Literal["real_arith", "float_sound", "statistical"]
+Verdict = Literal[
+    "certified", "falsified", "unknown", "misclassified", "abstain", "timeout", "error", "not_run"
+]
+
+
+@dataclass(frozen=True)
+class MethodCard:
+    """What a method says of itself; leaderboards and ``certbench list methods`` read it.
+
+    ``numerics`` is raised whenever a change of the method moves numbers. It, not the distribution's version, enters
+    the run id, so an update that changes no number does not force anyone to train again.
+    """
+
+    name: str
+    summary: str
+    paper: str
+    norm: str
+    guarantee: Guarantee
+    settings: type[Strict]
+    recipes: Traversable
+    certifier: str
+    numerics: int = 1
+    limits: str = ""
+
+
+class Reporter(Protocol):
+    """Where engines tell how far they are; they never print."""
+
+    def stage(self, title: str, total: int, unit: str) -> None:
+        """A stage of ``total`` units begins; it ends when the next begins or the run is over."""
+
+    def advance(self, done: int, **figures: float) -> None:
+        """``done`` units of the stage are finished (counted from its start); figures are shown beside it."""
+
+    def epoch_done(self, epoch: int, epochs: int, seconds: float, figures: Mapping[str, float]) -> None:
+        """An epoch of training is finished and its checkpoint written."""
+
+    def say(self, line: str) -> None:
+        """One line worth keeping."""
+
+
+class SilentReporter:
+    """A reporter for programs and tests."""
+
+    def stage(self, title: str, total: int, unit: str) -> None: ...
+    def advance(self, done: int, **figures: float) -> None: ...
+    def epoch_done(self, epoch: int, epochs: int, seconds: float, figures: Mapping[str, float]) -> None: ...
+    def say(self, line: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class TrainTask:
+    """All that ``train`` gets.
+
+    ``settings`` is the method's own validated model. ``build_network`` returns a fresh network on ``device``, its
+    first weights a function of recipe and seed alone, with the data set's normalisation inside: it takes raw pixels
+    in [0, 1], shape (batch, channels, height, width). ``folder`` holds the run's checkpoints.
+    """
+
+    recipe: Recipe
+    settings: Any
+    dataset: Dataset
+    device: torch.device
+    folder: Path
+    build_network: Callable[[], torch.nn.Module]
+    reporter: Reporter = field(default_factory=SilentReporter)
+
+    @property
+    def seed(self) -> int:
+        return self.recipe.seed
+
+
+@dataclass(frozen=True)
+class CertifyTask:
+    """All that ``certify`` gets: the trained network and the images to decide.
+
+    ``split`` holds uint8 images in published order, pixel = integer / ``levels``; ``start`` is the index of its first
+    image in that order.
+    ``radius`` and ``cap`` are exact fractions of the pixel range.
+    """
+
+    recipe: Recipe
+    settings: Any
+    network: torch.nn.Module
+    split: Split
+    levels: int
+    start: int
+    radius: Fraction
+    cap: Fraction
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Certificates:
+    """Certificates of consecutive images, one array entry each.
+
+    ``radius`` is rounded down and was itself proved; NaN where none is known (``error``, ``timeout``, ``not_run``),
+    0 for a misclassified image. ``margin`` is the proved lower bound of (logit of the label) - (any other logit) at
+    the recipe's radius. ``verdict`` and ``proved_by`` hold strings; ``proved_by`` is empty where nothing was proved.
+    """
+
+    index: np.ndarray
+    prediction: np.ndarray
+    verdict: np.ndarray
+    radius: np.ndarray
+    margin: np.ndarray
+    proved_by: np.ndarray
+    passes: np.ndarray
+    guarantee: Guarantee
+    deploy: str = "float32"
+
+
+TrainHook = Callable[[TrainTask], "torch.nn.Module"]
+CertifyHook = Callable[[CertifyTask], Iterable[Certificates]]

@@ -1,0 +1,51 @@
+"""The hooks a plugin may implement: what goes in, what comes out, when it is called, what it may raise.
+
+A plugin is a module named by an entry point of the group ``certbench``; its functions carry ``@hookimpl``. The module
+imports torch inside its hooks only, so that ``certbench --help`` and ``certbench list`` stay fast. This file holds
+signatures and no logic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    import torch
+
+    from certbench.contract import Certificates, CertifyTask, MethodCard, TrainTask
+
+hookspec = pluggy.HookspecMarker("certbench")
+hookimpl = pluggy.HookimplMarker("certbench")
+
+
+@hookspec
+def register_methods() -> Iterable[MethodCard]:  # type: ignore[empty-body]  # a specification has no body
+    """Name the methods this plugin brings.
+
+    Called once, before anything runs, and must not import torch. Two plugins that name one method are an error that
+    names both distributions.
+    """
+
+
+@hookspec(firstresult=True)
+def train(task: TrainTask) -> torch.nn.Module:  # type: ignore[empty-body]  # a specification has no body
+    """Train the network of ``task.recipe`` and return it in evaluation mode.
+
+    Called only for methods this plugin registered. Usually builds an objective and hands it to
+    :func:`certbench.training.fit`, which resumes from ``task.folder``; called again after training has finished, it
+    returns the finished network without training. May raise :class:`certbench.errors.CertbenchError` with one line
+    for the user; anything else is reported as this plugin's fault.
+    """
+
+
+@hookspec(firstresult=True)
+def certify(task: CertifyTask) -> Iterable[Certificates]:  # type: ignore[empty-body]  # a specification has no body
+    """Decide every image of ``task.split``, in order.
+
+    Optional: a plugin without it gets the certifier that its card or the recipe names. The network comes in
+    evaluation mode and must come back unchanged. Every image gets exactly one certificate; what could not be decided
+    is named by its verdict and never left out.
+    """

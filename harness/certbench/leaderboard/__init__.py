@@ -1,0 +1,1 @@
+"""Boards derived from rows and from nothing else. Never imports torch."""

@@ -1,0 +1,195 @@
+"""Finding plugins, checking what they claim, and sending a task only to the plugin that owns its method."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+from pydantic import ValidationError
+
+from certbench import hookspecs
+from certbench.contract import Certificates, CertifyTask, MethodCard, TrainTask
+from certbench.errors import PluginError, RunError, UsageError, nearest
+from certbench.recipe import Recipe, explain, load_recipe
+
+if TYPE_CHECKING:
+    import torch
+
+GROUP = "certbench"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """One entry point: where it comes from, and the error that kept it from loading, if any."""
+
+    name: str
+    distribution: str
+    version: str
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Owned:
+    """A method's card with the plugin that brought it."""
+
+    card: MethodCard
+    plugin: Loaded
+
+
+class Plugins:
+    """The plugins of one process. ``loaded`` lists every entry point in sorted order, failed ones included."""
+
+    def __init__(self, points: Iterable[EntryPoint]) -> None:
+        self._manager = pluggy.PluginManager(GROUP)
+        self._manager.add_hookspecs(hookspecs)
+        if os.environ.get("CERTBENCH_TRACE") == "1":
+            self._manager.add_hookcall_monitoring(_trace_before, _trace_after)
+        self.loaded = [self._load(point) for point in sorted(points, key=lambda p: (p.name, p.value))]
+
+    def _load(self, point: EntryPoint) -> Loaded:
+        distribution = point.dist.name if point.dist else "unknown distribution"
+        version = point.dist.version if point.dist else ""
+        try:
+            module = point.load()
+            self._manager.register(module, name=f"{distribution}:{point.name}")
+        except (Exception, SystemExit) as error:  # a plugin may raise anything on import; the others go on
+            line = f"{type(error).__name__}: {error}".splitlines()[0]
+            return Loaded(point.name, distribution, version, line)
+        return Loaded(point.name, distribution, version)
+
+    def methods(self) -> dict[str, Owned]:
+        """Every registered method by name.
+
+        Raises:
+            PluginError: two plugins claim one name, or a plugin fails to name its methods.
+        """
+        owned: dict[str, Owned] = {}
+        for plugin in self.loaded:
+            if plugin.error is not None:
+                continue
+            for card in self._cards(plugin):
+                other = owned.setdefault(card.name, Owned(card, plugin)).plugin
+                if other is not plugin:
+                    raise PluginError(
+                        f"method {card.name!r} is claimed by two distributions, {other.distribution} and "
+                        f"{plugin.distribution}; uninstall one of them"
+                    )
+        return owned
+
+    def _cards(self, plugin: Loaded) -> list[MethodCard]:
+        try:
+            cards = [card for answer in self._caller("register_methods", plugin)() for card in answer]
+        except Exception as error:  # whatever a plugin raises is its own fault, reported in one line
+            raise PluginError(
+                f"plugin {plugin.distribution} failed in register_methods: {type(error).__name__}: {error}; "
+                "uninstall or repair it"
+            ) from error
+        for card in cards:
+            if not isinstance(card, MethodCard):
+                raise PluginError(
+                    f"plugin {plugin.distribution}: register_methods must return MethodCard objects, "
+                    f"not {type(card).__name__}"
+                )
+        return cards
+
+    def owner(self, method: str) -> Owned:
+        """The card and plugin of a method.
+
+        Raises:
+            UsageError: no loaded plugin has it; names plugins that failed to load, since one of them may.
+        """
+        methods = self.methods()
+        if method in methods:
+            return methods[method]
+        failed = [f"{p.distribution} ({p.error})" for p in self.loaded if p.error]
+        hint = f"; plugins that failed to load: {', '.join(failed)}" if failed else ""
+        raise UsageError(f"unknown method {method!r}; {nearest(method, methods)}{hint}")
+
+    def train(self, task: TrainTask) -> torch.nn.Module:
+        """Have the owner of the task's method train it."""
+        owned = self.owner(task.recipe.method.name)
+        network = self._caller("train", owned.plugin)(task=task)
+        if network is None:
+            raise RunError(f"plugin {owned.plugin.distribution} has no train hook for {owned.card.name!r}")
+        return network  # type: ignore[no-any-return]  # pluggy's callers are untyped
+
+    def certify(self, task: CertifyTask) -> Iterable[Certificates] | None:
+        """The owner's own certificates, or None where it leaves certification to the core."""
+        owned = self.owner(task.recipe.method.name)
+        return self._caller("certify", owned.plugin)(task=task)  # type: ignore[no-any-return]  # as above
+
+    def _caller(self, hook: str, owner: Loaded) -> pluggy.HookCaller:
+        own = f"{owner.distribution}:{owner.name}"
+        others = [module for name, module in self._manager.list_name_plugin() if name != own]
+        return self._manager.subset_hook_caller(hook, others)
+
+    # Recipes and settings ------------------------------------------------------------------------------------------
+
+    def recipes(self) -> dict[str, Path]:
+        """The recipes that plugins ship, by full name such as ``fast-ibp/digits-linf-0.1``."""
+        found = {}
+        for method, owned in sorted(self.methods().items()):
+            folder = Path(str(owned.card.recipes))
+            for path in sorted(folder.glob("*.toml")):
+                found[f"{method}/{path.name.removesuffix('.toml')}"] = path
+        return found
+
+    def find_recipe(self, name: str, overrides: Iterable[str] = ()) -> Recipe:
+        """A recipe by name or by path, with every setting filled in and checked, the method's own included.
+
+        Raises:
+            UsageError: no such recipe or file, unknown key or bad value.
+        """
+        path = Path(name)
+        if path.suffix == ".toml":
+            return self.resolve(load_recipe(path, overrides=overrides), where=name)
+        known = self.recipes()
+        if name not in known:
+            raise UsageError(
+                f"unknown recipe {name!r}; {nearest(name, known)} A recipe file ends in .toml; "
+                "`certbench list recipes` shows the installed ones"
+            )
+        return self.resolve(load_recipe(known[name], name, overrides), where=str(known[name]))
+
+    def resolve(self, recipe: Recipe, where: str | None = None) -> Recipe:
+        """The recipe with the method's defaults filled in; see :meth:`settings`."""
+        settings = self.settings(recipe, where).model_dump(mode="json")
+        content = recipe.canonical()
+        content["method"] = {"name": recipe.method.name, **settings}
+        content["certify"]["certifier"] = (
+            recipe.certify.certifier or self.owner(recipe.method.name).card.certifier
+        )
+        return Recipe.model_validate(content)
+
+    def settings(self, recipe: Recipe, where: str | None = None) -> Any:
+        """The ``[method]`` table as the method's own validated model."""
+        model = self.owner(recipe.method.name).card.settings
+        try:
+            return model.model_validate(recipe.method.settings)
+        except ValidationError as error:
+            raise UsageError(explain(error, model, where or recipe.name, prefix="method.")) from None
+
+
+@cache
+def installed() -> Plugins:
+    """The plugins installed in this environment, found once per process."""
+    return Plugins(entry_points(group=GROUP))
+
+
+def _trace_before(hook_name: str, methods: Sequence[pluggy.HookImpl], kwargs: Mapping[str, Any]) -> None:
+    sys.stderr.write(f"certbench: call {hook_name}({', '.join(kwargs)})\n")
+
+
+def _trace_after(
+    outcome: pluggy.Result[Any], hook_name: str, methods: Sequence[pluggy.HookImpl], kwargs: Mapping[str, Any]
+) -> None:
+    names = ", ".join(m.plugin_name for m in methods) or "no plugin"
+    result = "raised" if outcome.exception else type(outcome.get_result()).__name__
+    sys.stderr.write(f"certbench: done {hook_name} by {names} -> {result}\n")

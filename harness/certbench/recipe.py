@@ -1,0 +1,233 @@
+"""What to run, exactly: TOML in, a validated :class:`Recipe` out, and the hash that names its run.
+
+Parsing only. The ``[method]`` table is checked by the method's own settings model, which the plugin brings
+(:func:`certbench.plugins.resolve`); everything else is checked here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
+
+from certbench.errors import UsageError, nearest
+from certbench.threat import parse_radius
+
+PROTOCOL = "linf-1"
+"""The rules rows are made under: whole test set in published order, raw pixels in [0, 1], strict margins,
+certification in float64 in shards of fixed size. Rows of different protocols never share a table."""
+
+CORE_NUMERICS = 1
+"""Raised when a change of the core moves numbers; part of every run id."""
+
+Radius = Annotated[Fraction, BeforeValidator(parse_radius), PlainSerializer(str, return_type=str)]
+
+
+class Strict(BaseModel):
+    """Base of every settings model, the methods' included: unknown keys, NaN and infinity are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+
+class Threat(Strict):
+    """The perturbations that must not change the prediction, in raw pixel units."""
+
+    norm: Literal["linf"] = "linf"
+    radius: Radius
+
+
+class Train(Strict):
+    """The training loop of :func:`certbench.training.fit`; a method with a loop of its own may ignore parts."""
+
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(default=128, ge=2)
+    learning_rate: float = Field(default=5e-4, gt=0)
+    milestones: tuple[int, ...] = ()
+    """Epochs after which the learning rate is multiplied by ``decay``."""
+    decay: float = Field(default=0.2, gt=0, le=1)
+    gradient_clip: float = Field(default=10.0, gt=0)
+    augment: bool = True
+    """The data set's published augmentation (none for digits and MNIST)."""
+
+
+class Certify(Strict):
+    """How certificates are made; ``cap`` bounds the per-image radius search and defaults to the threat's radius."""
+
+    certifier: str | None = None
+    cap: Radius | None = None
+
+
+class Reference(Strict):
+    """Published figures for this very setting, in percent, shown beside the measured ones."""
+
+    source: str
+    clean_error: float | None = Field(default=None, ge=0, le=100)
+    clean_error_spread: float | None = Field(default=None, ge=0)
+    certified_error: float | None = Field(default=None, ge=0, le=100)
+    certified_error_spread: float | None = Field(default=None, ge=0)
+
+
+class Method(BaseModel):
+    """The ``[method]`` table before its plugin has seen it: the name, and settings kept as they were written."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dict(self.__pydantic_extra__ or {})
+
+
+class Recipe(Strict):
+    """One experiment: a method on a data set, a network and a threat, with every setting that moves a number."""
+
+    name: str
+    dataset: str
+    model: str
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    threat: Threat
+    method: Method
+    train: Train
+    certify: Certify = Certify()
+    reference: Reference | None = None
+
+    @model_validator(mode="after")
+    def _cap_not_below_radius(self) -> Recipe:
+        if self.certify.cap is not None and self.certify.cap < self.threat.radius:
+            raise ValueError(
+                f"certify.cap = {self.certify.cap} lies below threat.radius = {self.threat.radius}"
+            )
+        return self
+
+    @property
+    def cap(self) -> Fraction:
+        """The largest radius the search looks at."""
+        return self.certify.cap or self.threat.radius
+
+    def with_seed(self, seed: int) -> Recipe:
+        return validate({**self.canonical(), "seed": seed}, self.name)
+
+    def canonical(self) -> dict[str, Any]:
+        """Plain JSON values with every default filled in; radii as reduced fractions."""
+        return self.model_dump(mode="json")
+
+    def canonical_json(self) -> str:
+        return json.dumps(self.canonical(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def run_id(recipe: Recipe, data_digest: str, method_numerics: int) -> str:
+    """Sixteen hexadecimal digits that name a run.
+
+    Hashed: the resolved recipe with its seed, the data, the method's and the core's ``numerics`` and the protocol.
+    Not hashed, because they do not change what is computed: the recipe's name and published figures, the device,
+    the number of workers.
+    """
+    content = recipe.canonical()
+    del content["name"], content["reference"]
+    identity = {
+        "recipe": content,
+        "data": data_digest,
+        "numerics": [CORE_NUMERICS, method_numerics],
+        "protocol": PROTOCOL,
+    }
+    text = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def load_recipe(path: Path, name: str | None = None, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a TOML recipe and apply ``key=value`` overrides.
+
+    Raises:
+        UsageError: unreadable file, broken TOML, unknown key or bad value; names file, key, value and nearest key.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read recipe {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid TOML: {error}") from None
+    return parse_recipe(content, name or path.stem, overrides, where=str(path))
+
+
+def parse_recipe(
+    content: Mapping[str, Any], name: str, overrides: Iterable[str] = (), where: str | None = None
+) -> Recipe:
+    """The recipe in an already parsed table; see :func:`load_recipe`."""
+    table: dict[str, Any] = json.loads(json.dumps(content, default=str))
+    changes = list(overrides)
+    for change in changes:
+        _apply_override(table, change)
+    shown = " ".join([name, *(f"+{change}" for change in changes)])  # a changed recipe says so in its name
+    return validate({**table, "name": shown}, where or name)
+
+
+def validate(table: Mapping[str, Any], where: str) -> Recipe:
+    try:
+        return Recipe.model_validate(table)
+    except ValidationError as error:
+        raise UsageError(explain(error, Recipe, where)) from None
+
+
+def _apply_override(table: dict[str, Any], override: str) -> None:
+    """Set ``a.b=value`` in a nested table; the value is read as TOML, or as a string where it is not TOML."""
+    path, separator, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not separator or not all(re.fullmatch(r"[A-Za-z0-9_-]+", key) for key in keys):
+        raise UsageError(f"--set takes key=value, for instance train.epochs=3; got {override!r}")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    if keys[-1] in {"radius", "cap"} and isinstance(value, int | float) and not isinstance(value, bool):
+        value = text.strip()  # typed without quotes on a command line, and still exact
+    for key in keys[:-1]:
+        inner = table.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise UsageError(f"--set {override}: {key!r} is a value, not a table")
+        table = inner
+    table[keys[-1]] = value
+
+
+def explain(error: ValidationError, model: type[BaseModel], where: str, prefix: str = "") -> str:
+    """One line for the first problem of a validation: file, key, value, what is wrong, nearest known key."""
+    first = error.errors(include_url=False)[0]
+    path = [str(part) for part in first["loc"]]
+    key = prefix + ".".join(path)
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(model, path[:-1])
+        return f"{where}: unknown key {key!r}; {nearest(path[-1], known)}"
+    if first["type"] == "missing":
+        return f"{where}: key {key!r} is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    value = first["input"]
+    shown = f" = {json.dumps(value, default=str)}" if path and _is_plain(value) else ""
+    return f"{where}: {key}{shown}: {message}" if path else f"{where}: {message}"
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, str | int | bool) or (isinstance(value, float) and not math.isnan(value))
+
+
+def _known_keys(model: type[BaseModel], path: list[str]) -> list[str]:
+    for part in path:
+        field = model.model_fields.get(part)
+        annotation = field.annotation if field else None
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), model)
+    return [name for name in model.model_fields if name != "name" or model is Method]

@@ -1,0 +1,118 @@
+"""The rules that hold between tables: certificates against their run, and runs against each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from certbench.errors import DataError
+from certbench.results.rules import parse_fraction
+from certbench.results.schema import TABLES
+from certbench.threat import round_up
+
+if TYPE_CHECKING:
+    from certbench.results.store import ResultStore
+
+
+def round_down(radius: Fraction) -> float:
+    """The largest float64 that is not above the fraction; comparing floats with it is comparing exactly."""
+    value = float(radius)
+    return value if Fraction(value) <= radius else math.nextafter(value, -math.inf)
+
+
+class CrossCheck:
+    """Compares the certificates of run after run with what is known already.
+
+    ``runs`` maps run ids to their rows. Images are compared across runs: those of one data digest have one label and
+    one digest per index, whoever certified them.
+    """
+
+    def __init__(self, runs: Mapping[str, Mapping[str, Any]]) -> None:
+        self._runs = runs
+        self._images: dict[str, pa.Table] = {}
+
+    def problems(self, shard: pa.Table) -> list[str]:
+        """What is wrong with the certificates of one run by one certifier; each problem is one line."""
+        run_id = shard.column("run_id")[0].as_py()
+        if run_id not in self._runs:
+            return [f"run {run_id}: has certificates but no row in runs"]
+        run = self._runs[run_id]
+        certifier = shard.column("certifier")[0].as_py()
+        found = [*_uniform(shard), *_radii(shard, run), *self._same_images(shard, run)]
+        return [f"run {run_id}, certifier {certifier}: {problem}" for problem in found]
+
+    def _same_images(self, shard: pa.Table, run: Mapping[str, Any]) -> Iterator[str]:
+        mine = shard.select(["index", "label", "image_digest"])
+        known = self._images.setdefault(run["dataset_digest"], mine)
+        if mine.equals(known):
+            return
+        both = known.join(mine, keys="index", join_type="full outer", right_suffix="_here")
+        differs = pc.or_(
+            pc.not_equal(both.column("label"), both.column("label_here")),
+            pc.not_equal(both.column("image_digest"), both.column("image_digest_here")),
+        )
+        wrong = both.filter(pc.fill_null(differs, False)).column("index").to_pylist()
+        if wrong:
+            yield f"image {min(wrong)} is another image than in other runs on {run['dataset']}"
+        new = mine.filter(pc.invert(pc.is_in(mine.column("index"), known.column("index").combine_chunks())))
+        self._images[run["dataset_digest"]] = pa.concat_tables([known, new])
+
+
+def _uniform(shard: pa.Table) -> Iterator[str]:
+    for name in ("guarantee", "deploy"):
+        values = pc.unique(shard.column(name)).to_pylist()
+        if len(values) > 1:
+            yield f"mixes {name} {' and '.join(map(repr, sorted(values)))}"
+
+
+def _radii(shard: pa.Table, run: Mapping[str, Any]) -> Iterator[str]:
+    """At the recipe's radius the verdict decides, so a radius must not contradict it, nor exceed the cap."""
+    verdict, radius = shard.column("verdict"), shard.column("radius")
+    broken = {}
+    if run["radius"] is not None:
+        asked = round_down(parse_fraction(run["radius"]))
+        reached = pc.greater_equal(radius, asked)
+        broken[f"is certified, but with a radius below {run['radius']}"] = pc.and_(
+            pc.equal(verdict, "certified"), pc.invert(reached)
+        )
+        broken[f"is falsified, but with a radius above {run['radius']}"] = pc.and_(
+            pc.equal(verdict, "falsified"), pc.greater(radius, asked)
+        )
+    if run["cap"] is not None:
+        broken[f"has a radius above the cap {run['cap']}"] = pc.greater(
+            radius, round_up(parse_fraction(run["cap"]))
+        )
+    for problem, mask in broken.items():
+        place = pc.index(pc.fill_null(mask, False), True).as_py()
+        if place >= 0:
+            yield f"image {shard.column('index')[place].as_py()} {problem}"
+
+
+def check_store(store: ResultStore) -> list[str]:
+    """Everything wrong with a store, one line each, empty where all rows keep all rules; damaged files are listed."""
+    found: list[str] = []
+    certificates = store.paths("certificates")  # listed before the runs, which are always written first
+    runs: dict[str, dict[str, Any]] = {}
+    for name in TABLES:
+        if name == "certificates":
+            continue
+        for path in store.paths(name):
+            try:
+                table = store.load(name, path)
+            except DataError as error:
+                found.append(str(error))
+                continue
+            if name == "runs":
+                runs |= {row["run_id"]: row for row in table.to_pylist()}
+    check = CrossCheck(runs)
+    for path in certificates:
+        try:
+            found += check.problems(store.load("certificates", path))
+        except DataError as error:
+            found.append(str(error))
+    return found

@@ -1,0 +1,275 @@
+"""The rules that rows of one table keep, checked whenever rows are written and whenever they are read."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
+from fractions import Fraction
+from typing import Any, get_args
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from certbench.contract import Guarantee, Verdict
+from certbench.errors import DataError
+from certbench.results.schema import table_spec
+
+VERDICTS: tuple[str, ...] = get_args(Verdict)
+GUARANTEES: tuple[str, ...] = get_args(Guarantee)
+FAILURES = ("error", "timeout", "not_run")
+"""Verdicts of images that were not decided: no radius, and no prediction, need be known."""
+
+RUN_ID = re.compile(r"[0-9a-f]{16}")
+DIGEST = re.compile(r"[0-9a-f]{8,64}")
+FRACTION = re.compile(r"[0-9]{1,18}(/[0-9]{1,18})?")
+STAGE = re.compile(r"train|audit|certify-.+-[0-9a-f]{8}")
+
+_AGREE = {  # a column, and where the recipe says the same
+    "seed": ("seed",),
+    "dataset": ("dataset",),
+    "model": ("model",),
+    "norm": ("threat", "norm"),
+    "radius": ("threat", "radius"),
+    "method": ("method", "name"),
+}
+
+
+def check_table(table: pa.Table, name: str, where: str) -> None:
+    """Refuse a table that breaks a rule; ``where`` names its file in the message.
+
+    Raises:
+        DataError: wrong columns, a null where there must be a value, duplicate rows, or a row that cannot be true.
+    """
+    problem = next(_problems(table, name), None)
+    if problem is not None:
+        raise DataError(f"{where}: {problem}")
+
+
+def _problems(table: pa.Table, name: str) -> Iterator[str]:
+    spec = table_spec(name)
+    if not table.schema.equals(spec.schema):
+        yield _schema_difference(table.schema, spec.schema)
+        return
+    for field in spec.schema:
+        if not field.nullable and table.column(field.name).null_count:
+            yield f"column {field.name!r} holds a null"
+            return
+    if table.group_by(list(spec.key)).aggregate([]).num_rows != table.num_rows:
+        yield f"holds two rows of one {' / '.join(spec.key)}"
+    yield from _RULES[name](table)
+
+
+def _schema_difference(found: pa.Schema, wanted: pa.Schema) -> str:
+    missing = [name for name in wanted.names if name not in found.names]
+    unknown = [name for name in found.names if name not in wanted.names]
+    if missing or unknown:
+        parts = [f"lacks {', '.join(missing)}"] if missing else []
+        parts += [f"has the unknown {', '.join(unknown)}"] if unknown else []
+        return f"has wrong columns: {' and '.join(parts)}"
+    wrong = next((field for field in wanted if not found.field(field.name).equals(field)), None)
+    return f"has column {wrong.name!r} of a wrong type" if wrong else "has its columns in a wrong order"
+
+
+# Runs --------------------------------------------------------------------------------------------------------------
+
+
+def parse_fraction(text: str) -> Fraction:
+    """An exact positive radius as rows write it.
+
+    Raises:
+        ValueError: not a reduced positive fraction such as ``8/255``.
+    """
+    if not FRACTION.fullmatch(text) or int(text.partition("/")[2] or 1) == 0 or str(Fraction(text)) != text:
+        raise ValueError(f'{text[:50]!r} is not a reduced fraction such as "8/255"')
+    value = Fraction(text)
+    if value <= 0:
+        raise ValueError("a radius lies above 0")
+    return value
+
+
+def _run_rules(table: pa.Table) -> Iterator[str]:
+    for row in table.to_pylist():
+        for problem in _run_problems(row):
+            yield f"run {row['run_id'][:40]!r}: {problem}"
+
+
+def _run_problems(row: Mapping[str, Any]) -> Iterator[str]:
+    if not RUN_ID.fullmatch(row["run_id"]):
+        yield "a run id has sixteen hexadecimal digits"
+    for name in ("protocol", "method", "dataset", "model", "norm", "recipe_name"):
+        if not row[name].strip():
+            yield f"{name} is empty"
+    for name, least in (("numerics", 1), ("parameters", 0), ("seed", 0), ("epochs", 0)):
+        if row[name] < least:
+            yield f"{name} = {row[name]} lies below {least}"
+    if row["sigma"] is not None and not (math.isfinite(row["sigma"]) and row["sigma"] > 0):
+        yield f"sigma = {row['sigma']} is not a positive number"
+    yield from _radius_problems(row)
+    yield from _recipe_problems(row)
+
+
+def _radius_problems(row: Mapping[str, Any]) -> Iterator[str]:
+    if row["radius"] is None and row["sigma"] is None:
+        yield "has neither radius nor sigma"
+    found = {}
+    for name in ("radius", "cap"):
+        if row[name] is not None:
+            try:
+                found[name] = parse_fraction(row[name])
+            except ValueError as error:
+                yield f"{name}: {error}"
+    if len(found) == 2 and found["cap"] < found["radius"]:
+        yield f"cap {row['cap']} lies below radius {row['radius']}"
+
+
+def _recipe_problems(row: Mapping[str, Any]) -> Iterator[str]:
+    try:
+        recipe = json.loads(row["recipe"])
+        canonical = json.dumps(recipe, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except (ValueError, RecursionError):
+        yield "recipe is not JSON"
+        return
+    if not isinstance(recipe, dict) or canonical != row["recipe"]:
+        yield "recipe is not a canonical JSON object"
+        return
+    for column, path in _AGREE.items():
+        said: Any = recipe
+        for key in path:
+            said = said.get(key) if isinstance(said, dict) else None
+        if said is not None and said != row[column]:
+            yield f"{column} is {row[column]!r}, but its recipe says {said!r}"
+
+
+# Certificates ------------------------------------------------------------------------------------------------------
+
+
+def _certificate_rules(table: pa.Table) -> Iterator[str]:
+    yield from _names(table)
+    column = table.column
+    verdict, radius, margin = column("verdict"), column("radius"), column("margin")
+    statistical = pc.equal(column("guarantee"), "statistical")
+    failed = pc.is_in(verdict, pa.array(FAILURES))
+    is_certified, is_missed = pc.equal(verdict, "certified"), pc.equal(verdict, "misclassified")
+    right = pc.fill_null(pc.equal(column("prediction"), column("label")), False)
+    known = pc.is_valid(column("prediction"))
+    abstained = pc.equal(verdict, "abstain")
+
+    def proved(values: Any) -> Any:
+        return pc.and_(values, pc.invert(statistical))
+
+    broken: dict[str, Callable[[], Any]] = {
+        "index is negative": lambda: pc.less(column("index"), 0),
+        "label is negative": lambda: pc.less(column("label"), 0),
+        "prediction is negative": lambda: pc.less(column("prediction"), 0),
+        "passes is negative": lambda: pc.less(column("passes"), 0),
+        "radius is not finite": lambda: pc.invert(pc.is_finite(radius)),
+        "radius is negative": lambda: pc.less(radius, 0.0),
+        "radius is null though the image was decided": lambda: pc.and_(pc.is_null(radius), pc.invert(failed)),
+        "margin is not a number": lambda: pc.or_(pc.is_nan(margin), pc.equal(margin, math.inf)),
+        "is certified with a prediction that is not the label": lambda: pc.and_(
+            is_certified, pc.invert(right)
+        ),
+        "is certified without a positive radius": lambda: pc.and_(is_certified, _not_positive(radius)),
+        "is certified without a positive margin": lambda: proved(
+            pc.and_(is_certified, _not_positive(margin))
+        ),
+        "is misclassified though the prediction is the label": lambda: pc.and_(is_missed, right),
+        "is misclassified without a prediction": lambda: pc.and_(is_missed, pc.invert(known)),
+        "is misclassified or abstains, yet has a radius": lambda: pc.and_(
+            pc.or_(is_missed, abstained), pc.not_equal(radius, 0.0)
+        ),
+        "is decided without a prediction": lambda: proved(pc.invert(pc.or_(known, failed))),
+        "has a wrong prediction but is not misclassified": lambda: proved(
+            pc.and_(pc.and_(known, pc.invert(right)), pc.invert(pc.or_(is_missed, failed)))
+        ),
+        "sigma is not a positive number": lambda: _unless(pc.greater(column("sigma"), 0.0), column("sigma")),
+        "alpha is not between 0 and 1": lambda: _unless(
+            pc.and_(pc.greater(column("alpha"), 0.0), pc.less(column("alpha"), 1.0)), column("alpha")
+        ),
+        "k exceeds n": lambda: pc.greater(column("k"), column("n")),
+        "a count is negative": lambda: _any_negative(
+            table, ("n0", "n", "k", "draws", "straddling", "enumerated")
+        ),
+    }
+    for problem, mask in broken.items():
+        yield from _first(table, mask(), problem)
+
+
+def _names(table: pa.Table) -> Iterator[str]:
+    for name, known in (("verdict", VERDICTS), ("guarantee", GUARANTEES)):
+        mask = pc.invert(pc.is_in(table.column(name), pa.array(known)))
+        yield from _first(table, mask, f"{name} is none of {', '.join(known)}")
+    for name, pattern in (("run_id", RUN_ID), ("settings_digest", DIGEST)):
+        for value in pc.unique(table.column(name)).to_pylist():
+            if not pattern.fullmatch(value):
+                yield f"{name} {value[:40]!r} is not a hexadecimal digest"
+    yield from _first(table, pc.equal(table.column("certifier"), ""), "certifier is empty")
+
+
+def _not_positive(values: Any) -> Any:
+    return pc.invert(pc.fill_null(pc.greater(values, 0.0), False))
+
+
+def _unless(good: Any, values: Any) -> Any:
+    """True where a value is there and is neither good nor finite."""
+    return pc.invert(pc.and_(good, pc.is_finite(values)))
+
+
+def _any_negative(table: pa.Table, names: tuple[str, ...]) -> Any:
+    masks = [pc.fill_null(pc.less(table.column(name), 0), False) for name in names]
+    total = masks[0]
+    for mask in masks[1:]:
+        total = pc.or_(total, mask)
+    return total
+
+
+def _first(table: pa.Table, mask: Any, problem: str) -> Iterator[str]:
+    """The problem with the first row it concerns; a null in the mask concerns none."""
+    place = pc.index(pc.fill_null(mask, False), True).as_py()
+    if place >= 0:
+        row = table.slice(place, 1)
+        yield f"image {row.column('index')[0].as_py()} of run {row.column('run_id')[0].as_py()[:40]!r}: {problem}"
+
+
+# Timings -----------------------------------------------------------------------------------------------------------
+
+
+def _timing_rules(table: pa.Table) -> Iterator[str]:
+    for row in table.to_pylist():
+        for problem in _timing_problems(row):
+            yield f"run {row['run_id'][:40]!r}, stage {row['stage'][:60]!r}: {problem}"
+
+
+def _timing_problems(row: Mapping[str, Any]) -> Iterator[str]:
+    if not RUN_ID.fullmatch(row["run_id"]):
+        yield "a run id has sixteen hexadecimal digits"
+    if not STAGE.fullmatch(row["stage"]):
+        yield "a stage is train, audit, or certify-<certifier>-<first 8 digits of its settings digest>"
+    if row["shard"] < 0:
+        yield "shard is negative"
+    if not (math.isfinite(row["seconds"]) and row["seconds"] >= 0):
+        yield f"seconds = {row['seconds']} is not a duration"
+    if row["peak_memory_bytes"] is not None and row["peak_memory_bytes"] < 0:
+        yield "peak_memory_bytes is negative"
+    if not row["device"].strip():
+        yield "device is empty"
+    if not _is_utc(row["started_at"]):
+        yield f"started_at {row['started_at'][:40]!r} is not an ISO 8601 time in UTC"
+
+
+def _is_utc(text: str) -> bool:
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        return False
+    return moment.tzinfo is not None and moment.utcoffset() == UTC.utcoffset(None)
+
+
+_RULES: dict[str, Callable[[pa.Table], Iterator[str]]] = {
+    "runs": _run_rules,
+    "certificates": _certificate_rules,
+    "timings": _timing_rules,
+}

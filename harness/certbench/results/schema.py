@@ -1,0 +1,133 @@
+"""The columns of every result table: explicit, plainly typed and versioned.
+
+A new table is one more entry of :data:`TABLES`, with its rules in :mod:`certbench.results.rules`. A change of columns
+raises the table's version; a file of another version is refused, never guessed at.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from certbench.errors import UsageError, nearest
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """One table: its columns, the columns by which rows are sorted and unique, and those that name its files."""
+
+    name: str
+    schema: pa.Schema
+    key: tuple[str, ...]
+    shard: tuple[str, ...]
+    version: int = 1
+
+
+def _required(name: str, kind: pa.DataType) -> pa.Field:
+    return pa.field(name, kind, nullable=False)
+
+
+RUNS = TableSpec(
+    name="runs",
+    schema=pa.schema(
+        [
+            _required("run_id", pa.string()),
+            _required("protocol", pa.string()),
+            _required("method", pa.string()),
+            _required("plugin", pa.string()),
+            _required("plugin_version", pa.string()),
+            _required("numerics", pa.int32()),
+            _required("dataset", pa.string()),
+            _required("dataset_digest", pa.string()),
+            _required("model", pa.string()),
+            _required("parameters", pa.int64()),
+            _required("norm", pa.string()),
+            pa.field("radius", pa.string()),
+            pa.field("sigma", pa.float64()),
+            pa.field("cap", pa.string()),
+            _required("seed", pa.int64()),
+            _required("recipe_name", pa.string()),
+            _required("recipe", pa.string()),
+            _required("checkpoint_digest", pa.string()),
+            _required("epochs", pa.int32()),
+            _required("torch_version", pa.string()),
+            _required("python_version", pa.string()),
+            _required("certbench_version", pa.string()),
+            pa.field("code_revision", pa.string()),
+        ]
+    ),
+    key=("run_id",),
+    shard=("run_id",),
+)
+"""One row per trained network. ``radius`` and ``cap`` are reduced fractions such as ``8/255``; ``recipe`` is the
+canonical JSON of the resolved recipe, published figures included."""
+
+CERTIFICATES = TableSpec(
+    name="certificates",
+    schema=pa.schema(
+        [
+            _required("run_id", pa.string()),
+            _required("certifier", pa.string()),
+            _required("settings_digest", pa.string()),
+            _required("index", pa.int32()),
+            _required("image_digest", pa.string()),
+            _required("label", pa.int32()),
+            pa.field("prediction", pa.int32()),
+            _required("verdict", pa.string()),
+            pa.field("radius", pa.float64()),
+            pa.field("margin", pa.float64()),
+            _required("guarantee", pa.string()),
+            _required("deploy", pa.string()),
+            _required("proved_by", pa.string()),
+            _required("passes", pa.int32()),
+            pa.field("sigma", pa.float64()),
+            pa.field("alpha", pa.float64()),
+            pa.field("n0", pa.int64()),
+            pa.field("n", pa.int64()),
+            pa.field("k", pa.int64()),
+            pa.field("draws", pa.int64()),
+            pa.field("stop_reason", pa.string()),
+            pa.field("generator_key", pa.string()),
+            pa.field("exact_noise", pa.bool_()),
+            pa.field("straddling", pa.int32()),
+            pa.field("enumerated", pa.int32()),
+        ]
+    ),
+    key=("run_id", "certifier", "settings_digest", "index"),
+    shard=("run_id", "certifier", "settings_digest"),
+)
+"""One row per image and certifier. ``prediction`` is null where none was made, ``radius`` where none is known."""
+
+TIMINGS = TableSpec(
+    name="timings",
+    schema=pa.schema(
+        [
+            _required("run_id", pa.string()),
+            _required("stage", pa.string()),
+            _required("shard", pa.int32()),
+            _required("seconds", pa.float64()),
+            _required("device", pa.string()),
+            pa.field("peak_memory_bytes", pa.int64()),
+            _required("started_at", pa.string()),
+        ]
+    ),
+    key=("run_id", "stage", "shard", "started_at"),
+    shard=("run_id", "stage"),
+)
+"""All that differs between two equal runs. Rows accumulate: every session that works on a shard of a stage (the first,
+and each one that resumes it) adds its own row, so a stage has cost the sum of its rows. ``shard`` is 0 where the work
+is not split."""
+
+TABLES = {spec.name: spec for spec in (RUNS, CERTIFICATES, TIMINGS)}
+
+
+def table_spec(name: str) -> TableSpec:
+    """The table of that name.
+
+    Raises:
+        UsageError: no such table; names the nearest.
+    """
+    if name not in TABLES:
+        raise UsageError(f"unknown table {name!r}; {nearest(name, TABLES)}")
+    return TABLES[name]

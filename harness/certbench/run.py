@@ -1,0 +1,324 @@
+"""One run, from a recipe to rows: load, train, certify, record."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from certbench.bounds.certifiers import Certifier, find_certifier
+from certbench.contract import Certificates, CertifyTask, Reporter, SilentReporter, TrainTask
+from certbench.data.dataset import Dataset, image_digests
+from certbench.data.files import load_dataset
+from certbench.errors import CertbenchError, RunError, UsageError
+from certbench.models import build_network
+from certbench.plugins import Owned, Plugins, installed
+from certbench.recipe import PROTOCOL, Recipe, run_id
+from certbench.results import provenance
+from certbench.results.store import ResultStore, certify_stage
+from certbench.seeding import derive_seed
+from certbench.training.checkpoint import save_network
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """What a run left behind: its id, the folder of its checkpoints, the store of its rows, and its two headlines."""
+
+    run_id: str
+    recipe: Recipe
+    folder: Path
+    store: Path
+    clean_accuracy: float
+    certified_accuracy: float
+
+
+def run_recipe(
+    recipe: str | Path | Recipe,
+    *,
+    out: str | Path = "certbench-out",
+    data: str | Path | None = None,
+    device: str = "auto",
+    seed: int | None = None,
+    overrides: Iterable[str] = (),
+    reporter: Reporter | None = None,
+    plugins: Plugins | None = None,
+) -> RunOutcome:
+    """Train, certify and record one recipe; what a former call has finished is not done again.
+
+    Args:
+        recipe: a recipe's name, a TOML file, or a resolved recipe.
+        out: where checkpoints (``runs/<run id>``) and rows (``results``) go.
+        data: the folder of the data sets; by default ``CERTBENCH_DATA``.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        seed: in place of the recipe's.
+        overrides: ``key=value`` settings in place of the recipe's.
+
+    Raises:
+        CertbenchError: anything that went wrong, in one line. What was recorded before stays.
+    """
+    plugins = plugins or installed()
+    if not isinstance(recipe, Recipe):
+        recipe = plugins.find_recipe(str(recipe), overrides)
+    if seed is not None:
+        recipe = recipe.with_seed(seed)
+    run = Run.prepare(recipe, Path(out), data, choose_device(device), plugins, reporter or SilentReporter())
+    return run.execute()
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` takes the GPU where there is one.
+
+    Raises:
+        UsageError: CUDA is asked for and not there.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no CUDA device; `certbench doctor` shows what it sees")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in training and in certificates
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return torch.device(name)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One recipe with all it needs at hand."""
+
+    recipe: Recipe
+    owned: Owned
+    plugins: Plugins
+    dataset: Dataset
+    certifier: Certifier
+    device: torch.device
+    id: str
+    folder: Path
+    store: ResultStore
+    reporter: Reporter
+
+    @classmethod
+    def prepare(
+        cls,
+        recipe: Recipe,
+        out: Path,
+        data: str | Path | None,
+        device: torch.device,
+        plugins: Plugins,
+        reporter: Reporter,
+    ) -> Run:
+        """Check everything that can be checked before any training starts."""
+        owned = plugins.owner(recipe.method.name)
+        certifier = find_certifier(recipe.certify.certifier or owned.card.certifier)
+        dataset = load_dataset(recipe.dataset, Path(data) if data is not None else None)
+        identity = run_id(recipe, dataset.digest, owned.card.numerics)
+        folder = out / "runs" / identity
+        make_writable(folder)
+        store = ResultStore(out / "results")
+        return cls(recipe, owned, plugins, dataset, certifier, device, identity, folder, store, reporter)
+
+    def execute(self) -> RunOutcome:
+        settings_digest = digest_settings(self.certifier, self.recipe)
+        if self.store.has_certificates(self.id, self.certifier.name, settings_digest):
+            self.reporter.say(f"{self.recipe.name}: run {self.id} is already recorded")
+            return self._outcome()
+        network = self.train()
+        certificates = self.certify(network)
+        columns = certificate_columns(self.dataset, certificates)
+        self.store.write_certificates(self.id, self.certifier.name, settings_digest, columns)
+        return self._outcome()
+
+    def train(self) -> nn.Module:
+        """The trained network, with its row in ``runs`` and its weights in ``network.safetensors``."""
+        task = TrainTask(
+            recipe=self.recipe,
+            settings=self.plugins.settings(self.recipe),
+            dataset=self.dataset,
+            device=self.device,
+            folder=self.folder,
+            build_network=self.build_network,
+            reporter=self.reporter,
+        )
+        timer = Timer(self, "train")
+        network = self._ask_plugin("train", lambda: self.plugins.train(task)).eval()
+        if not self.store.has_run(self.id):
+            timer.record()
+        self.store.write_run(self._run_row(network))  # no change where the same network is recorded already
+        return network
+
+    def certify(self, network: nn.Module) -> list[Certificates]:
+        """Certificates of the whole test set, in order, by the plugin's own certifier or the core's."""
+        total = len(self.dataset.test)
+        self.reporter.stage("certify", total, "image")
+        task = CertifyTask(
+            recipe=self.recipe,
+            settings=self.plugins.settings(self.recipe),
+            network=network,
+            split=self.dataset.test.to(self.device),
+            levels=self.dataset.info.levels,
+            start=0,
+            radius=self.recipe.threat.radius,
+            cap=self.recipe.cap,
+            device=self.device,
+        )
+        timer = Timer(self, certify_stage(self.certifier.name, digest_settings(self.certifier, self.recipe)))
+        found = self._ask_plugin("certify", lambda: self._collect(task))
+        timer.record()
+        return found
+
+    def _collect(self, task: CertifyTask) -> list[Certificates]:
+        own = self.plugins.certify(task)
+        found: list[Certificates] = []
+        for part in own if own is not None else self.certifier.certify(task):
+            found.append(part)
+            self.reporter.advance(sum(len(p.index) for p in found), certified=_share(found))
+        return _complete(found, task)
+
+    def build_network(self) -> nn.Module:
+        seed = derive_seed(self.recipe.seed, "network")
+        return build_network(self.recipe.model, self.dataset.info, seed).to(self.device)
+
+    def _ask_plugin(self, hook: str, call: Callable[[], T]) -> T:
+        """Call into plugin code; what it raises is reported in one line, with the traceback in a file."""
+        try:
+            return call()
+        except CertbenchError:
+            raise
+        except Exception as error:  # a plugin may raise anything, and the other runs must go on
+            report = self.folder / "error.txt"
+            with suppress(OSError):
+                report.write_text(traceback.format_exc(), encoding="utf-8")
+            line = " ".join(f"{type(error).__name__}: {error}".split())
+            raise RunError(
+                f"{self.recipe.name}: plugin {self.owned.plugin.distribution} failed in {hook}: {line} "
+                f"(traceback in {report})"
+            ) from error
+
+    def _run_row(self, network: nn.Module) -> dict[str, Any]:
+        recipe = self.recipe
+        return {
+            "run_id": self.id,
+            "protocol": PROTOCOL,
+            "method": recipe.method.name,
+            "plugin": self.owned.plugin.distribution,
+            "plugin_version": self.owned.plugin.version,
+            "numerics": self.owned.card.numerics,
+            "dataset": recipe.dataset,
+            "dataset_digest": self.dataset.digest,
+            "model": recipe.model,
+            "parameters": sum(p.numel() for p in network.parameters()),
+            "norm": recipe.threat.norm,
+            "radius": str(recipe.threat.radius),
+            "sigma": None,
+            "cap": str(recipe.cap),
+            "seed": recipe.seed,
+            "recipe_name": recipe.name,
+            "recipe": recipe.canonical_json(),
+            "checkpoint_digest": save_network(self.folder / "network.safetensors", network),
+            "epochs": recipe.train.epochs,
+            **provenance.versions(),
+            "code_revision": provenance.code_revision(),
+        }
+
+    def _outcome(self) -> RunOutcome:
+        settings_digest = digest_settings(self.certifier, self.recipe)
+        rows = self.store.certificates(self.id, self.certifier.name, settings_digest).to_pandas()
+        return RunOutcome(
+            self.id,
+            self.recipe,
+            self.folder,
+            self.store.folder,
+            clean_accuracy=float((rows["prediction"] == rows["label"]).mean()),
+            certified_accuracy=float((rows["verdict"] == "certified").mean()),
+        )
+
+
+class Timer:
+    """Seconds and peak memory of a stage; a resumed stage adds a row for each session."""
+
+    def __init__(self, run: Run, stage: str) -> None:
+        self.run, self.stage = run, stage
+        self.started_at = provenance.now()
+        self.began = time.perf_counter()
+        if run.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(run.device)
+
+    def record(self) -> None:
+        on_gpu = self.run.device.type == "cuda"
+        cpu = f"cpu, {torch.get_num_threads()} threads"
+        self.run.store.write_timing(
+            {
+                "run_id": self.run.id,
+                "stage": self.stage,
+                "seconds": time.perf_counter() - self.began,
+                "device": torch.cuda.get_device_name(self.run.device) if on_gpu else cpu,
+                "peak_memory_bytes": torch.cuda.max_memory_allocated(self.run.device) if on_gpu else None,
+                "started_at": self.started_at,
+            }
+        )
+
+
+def make_writable(folder: Path) -> None:
+    """
+    Raises:
+        RunError: the folder cannot be made or written to; found out before training, not after.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise RunError(f"cannot write to {folder}: {error.strerror or error}; choose another --out") from None
+
+
+def digest_settings(certifier: Certifier, recipe: Recipe) -> str:
+    """Names what a certifier's rows depend on besides the network: its settings, the radius and the cap."""
+    content = {**certifier.settings, "radius": str(recipe.threat.radius), "cap": str(recipe.cap)}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def certificate_columns(dataset: Dataset, parts: list[Certificates]) -> dict[str, Any]:
+    """The columns of the certificates table for the whole test set."""
+
+    def joined(name: str) -> np.ndarray:
+        return np.concatenate([getattr(part, name) for part in parts])
+
+    return {
+        **{
+            name: joined(name)
+            for name in ("index", "prediction", "verdict", "radius", "margin", "proved_by", "passes")
+        },
+        "image_digest": image_digests(dataset.test),
+        "label": dataset.test.labels.numpy(),
+        "guarantee": [part.guarantee for part in parts for _ in part.index],
+        "deploy": [part.deploy for part in parts for _ in part.index],
+    }
+
+
+def _complete(parts: list[Certificates], task: CertifyTask) -> list[Certificates]:
+    """
+    Raises:
+        RunError: the certifier did not give exactly one certificate per image, in order.
+    """
+    index = np.concatenate([part.index for part in parts]) if parts else np.array([])
+    if not np.array_equal(index, np.arange(task.start, task.start + len(task.split))):
+        raise RunError(
+            f"{task.recipe.name}: certify gave {len(index)} certificates for images {task.start} to "
+            f"{task.start + len(task.split) - 1}; it must give one for each, in order"
+        )
+    return parts
+
+
+def _share(parts: list[Certificates]) -> float:
+    return float(np.concatenate([part.verdict == "certified" for part in parts]).mean())

@@ -1,0 +1,23 @@
+"""The training loop and what methods share: schedules, initialisation, regularisers, losses.
+
+``fit(task, objective)`` owns devices, clipping, learning rate, progress, checkpoints and resume; an objective prepares
+the network and gives the loss of a batch.
+"""
+
+from certbench.training.fit import Objective, Step, fit
+from certbench.training.initialization import ibp_initialization
+from certbench.training.losses import robust_cross_entropy
+from certbench.training.regularizers import relu_balance, tightness
+from certbench.training.schedules import LinearRamp, SmoothedRamp
+
+__all__ = [
+    "LinearRamp",
+    "Objective",
+    "SmoothedRamp",
+    "Step",
+    "fit",
+    "ibp_initialization",
+    "relu_balance",
+    "robust_cross_entropy",
+    "tightness",
+]

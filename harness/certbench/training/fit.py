@@ -1,0 +1,147 @@
+"""The training loop: epochs over device-resident batches, Adam, clipping, milestones, checkpoints, resume."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from certbench.contract import TrainTask
+from certbench.data.batches import Batches
+from certbench.errors import RunError
+from certbench.recipe import Train
+from certbench.training.checkpoint import load_latest, restore_optimizer, save_checkpoint
+
+REPORT_EVERY = 0.5
+"""Seconds between looks at the loss; each look waits for the device."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where training stands: ``batch`` counts globally from 0, ``epoch`` from 1."""
+
+    batch: int
+    epoch: int
+    batches_per_epoch: int
+
+
+class Objective(Protocol):
+    """A method's training objective: how it prepares a network, and the loss of a batch."""
+
+    def prepare(self, network: nn.Module, batches_per_epoch: int) -> None:
+        """Called once before the first step and again on resume, before the saved weights are loaded."""
+
+    def loss(self, images: Tensor, labels: Tensor, step: Step) -> tuple[Tensor, Mapping[str, Tensor | float]]:
+        """The loss of a batch (raw pixels (batch, channels, height, width); labels (batch,)) and figures to show."""
+
+
+def fit(task: TrainTask, objective: Objective) -> nn.Module:
+    """Train a fresh network on the task's training images and return it in evaluation mode.
+
+    Every random number is derived from the seed and the epoch, so a run that was interrupted and resumed from its
+    last checkpoint ends in the same bits as one that was not. Called after the last epoch, it returns the finished
+    network.
+
+    Raises:
+        RunError: the loss or the gradient is not finite (names the step and the last checkpoint), or a checkpoint is
+            damaged or cannot be written.
+    """
+    settings = task.recipe.train
+    batches = Batches(
+        task.dataset.train, task.dataset.info, settings.batch_size, task.seed, settings.augment, task.device
+    )
+    network = task.build_network()
+    objective.prepare(network, len(batches))
+    optimizer = torch.optim.Adam(network.parameters(), lr=settings.learning_rate)
+    loop = _Loop(task, objective, network, optimizer, batches, history=[], checkpoint=None)
+    loop.resume()
+    first = len(loop.history) + 1
+    if first <= settings.epochs:
+        task.reporter.stage("train", settings.epochs * len(batches), "step")
+    for epoch in range(first, settings.epochs + 1):
+        loop.run_epoch(epoch)
+    return network.eval()
+
+
+@dataclass
+class _Loop:
+    task: TrainTask
+    objective: Objective
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    batches: Batches
+    history: list[dict[str, float]]
+    checkpoint: Path | None
+
+    def resume(self) -> None:
+        saved = load_latest(self.task.folder)
+        if saved is None:
+            return
+        self.network.load_state_dict(saved.network)
+        restore_optimizer(self.optimizer, saved.optimizer)
+        self.history, self.checkpoint = list(saved.history), saved.path
+        if saved.epoch < self.task.recipe.train.epochs:
+            self.task.reporter.say(f"resumed after epoch {saved.epoch} from {saved.path}")
+
+    def run_epoch(self, epoch: int) -> None:
+        self._set_learning_rate(epoch)
+        self.network.train()
+        began = last_look = time.perf_counter()
+        total = torch.zeros((), device=self.task.device)
+        first_bad = torch.full((), -1, dtype=torch.long, device=self.task.device)
+        length = len(self.batches)
+        for number, (images, labels) in enumerate(self.batches.epoch(epoch)):
+            step = Step((epoch - 1) * length + number, epoch, length)
+            loss, figures = self._update(images, labels, step, first_bad)
+            total += loss.detach()
+            if time.perf_counter() - last_look > REPORT_EVERY:
+                self._stop_if_bad(first_bad, epoch)
+                shown = {key: float(value) for key, value in figures.items()}
+                self.task.reporter.advance(step.batch + 1, epoch=epoch, loss=float(loss.detach()), **shown)
+                last_look = time.perf_counter()
+        self._stop_if_bad(first_bad, epoch)
+        summary = {"loss": float(total) / length, **{key: float(value) for key, value in figures.items()}}
+        self.history.append(summary)
+        self.checkpoint = save_checkpoint(self.task.folder, epoch, self.network, self.optimizer, self.history)
+        self.task.reporter.advance(epoch * length, epoch=epoch, **summary)
+        seconds = time.perf_counter() - began
+        self.task.reporter.epoch_done(epoch, self.task.recipe.train.epochs, seconds, summary)
+
+    def _update(
+        self, images: Tensor, labels: Tensor, step: Step, first_bad: Tensor
+    ) -> tuple[Tensor, Mapping[str, Tensor | float]]:
+        loss, figures = self.objective.loss(images, labels, step)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.task.recipe.train.gradient_clip)
+        bad = ~(loss.detach().isfinite() & norm.isfinite()) & (first_bad < 0)
+        first_bad.masked_fill_(bad, step.batch)  # kept on the device: looking at every step would stall it
+        self.optimizer.step()
+        return loss, figures
+
+    def _set_learning_rate(self, epoch: int) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.task.recipe.train, epoch)
+
+    def _stop_if_bad(self, first_bad: Tensor, epoch: int) -> None:
+        if (batch := int(first_bad)) >= 0:
+            kept = (
+                f"the last good checkpoint is {self.checkpoint}"
+                if self.checkpoint
+                else "there is no checkpoint yet"
+            )
+            raise RunError(
+                f"loss or gradient is NaN or infinite at step {batch} (epoch {epoch}); {kept}; "
+                "lower train.learning_rate or lengthen the ramp"
+            )
+
+
+def learning_rate(settings: Train, epoch: int) -> float:
+    """The rate of an epoch counted from 1: milestone M means that epochs M+1 onward use the lower rate."""
+    passed = sum(epoch > milestone for milestone in settings.milestones)
+    return settings.learning_rate * settings.decay**passed

@@ -1,0 +1,23 @@
+"""Fixtures shared by the core's tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture
+def oracle_folder() -> Path:
+    """Arrays made with the methods' reference implementations; see the README beside them."""
+    return DATA
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Tests run in parallel processes; a thread pool in each would only make them wait for each other."""
+    import torch
+
+    torch.set_num_threads(1)

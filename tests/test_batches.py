@@ -1,0 +1,170 @@
+"""Batches and augmentation, against a loop over single images."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from certbench.data.augment import draw, flip_and_crop
+from certbench.data.batches import Batches
+from certbench.data.catalog import DATASETS, DatasetInfo
+from certbench.data.dataset import Split, to_pixels
+from certbench.errors import UsageError
+from certbench.seeding import derive_seed
+
+CIFAR = DATASETS["cifar10"]
+MNIST = DATASETS["mnist"]
+
+
+def make_split(count: int, info: DatasetInfo = CIFAR) -> Split:
+    """Random images, each labelled with its own position."""
+    generator = torch.Generator().manual_seed(5)
+    images = torch.randint(0, 256, (count, *info.shape), dtype=torch.uint8, generator=generator)
+    return Split(images, torch.arange(count))
+
+
+def naive(image: torch.Tensor, flip: bool, top: int, left: int, padding: int) -> torch.Tensor:
+    if flip:
+        image = image.flip(-1)
+    padded = torch.nn.functional.pad(image[None].float(), (padding,) * 4, mode="replicate")[0]
+    height, width = image.shape[1:]
+    return padded[:, top : top + height, left : left + width].to(torch.uint8)
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 5, 9)])
+@pytest.mark.parametrize("padding", [0, 2, 4])
+def test_flip_and_crop_equals_a_loop_over_images(shape: tuple[int, int, int], padding: int) -> None:
+    generator = torch.Generator().manual_seed(padding)
+    images = torch.randint(0, 256, (64, *shape), dtype=torch.uint8, generator=generator)
+    flips, offsets = draw(64, padding, True, generator)
+    expected = [
+        naive(image, bool(flip), int(top), int(left), padding)
+        for image, flip, (top, left) in zip(images, flips, offsets, strict=True)
+    ]
+    assert torch.equal(flip_and_crop(images, flips, offsets, padding), torch.stack(expected))
+
+
+def test_middle_offset_without_flip_changes_nothing() -> None:
+    images = make_split(7).images
+    still = torch.zeros(7, dtype=torch.bool), torch.full((7, 2), 2)
+    assert torch.equal(flip_and_crop(images, *still, 2), images)
+
+
+def test_flips_and_offsets_are_uniform_and_independent() -> None:
+    count = 50_000
+    flips, offsets = draw(count, 2, True, torch.Generator().manual_seed(0))
+    cells = (flips.long() * 5 + offsets[:, 0]) * 5 + offsets[:, 1]
+    observed = torch.bincount(cells, minlength=50).double()
+    chi_square = ((observed - count / 50) ** 2 / (count / 50)).sum().item()
+    assert chi_square < 94.0  # the 0.9999 quantile with 49 degrees of freedom
+
+
+def test_flip_setting_does_not_move_the_offsets() -> None:
+    flips, offsets = draw(100, 2, False, torch.Generator().manual_seed(3))
+    _, other = draw(100, 2, True, torch.Generator().manual_seed(3))
+    assert not flips.any()
+    assert torch.equal(offsets, other)
+
+
+@pytest.mark.parametrize(
+    ("count", "sizes"), [(12, [4, 4, 4]), (14, [4, 4, 4, 2]), (13, [4, 4, 5]), (3, [3]), (5, [5]), (2, [2])]
+)
+def test_batch_sizes_never_leave_one_image_alone(count: int, sizes: list[int]) -> None:
+    batches = Batches(make_split(count, MNIST), MNIST, 4, 0, True, "cpu")
+    assert [len(labels) for _, labels in batches.epoch(0)] == sizes
+    assert len(batches) == len(sizes)
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(1, 4), (4, 1)])
+def test_too_little_for_a_batch_is_refused(count: int, batch_size: int) -> None:
+    with pytest.raises(UsageError, match="at least two images"):
+        Batches(make_split(count), CIFAR, batch_size, 0, True, "cpu")
+
+
+def test_every_image_comes_once_with_its_label() -> None:
+    split = make_split(50, MNIST)
+    seen = list(Batches(split, MNIST, 8, 0, True, "cpu").epoch(3))
+    labels = torch.cat([labels for _, labels in seen])
+    pixels = torch.cat([pixels for pixels, _ in seen])
+    assert sorted(labels.tolist()) == list(range(50))
+    assert labels.tolist() != list(range(50))
+    assert pixels.dtype == torch.float32
+    assert torch.equal(pixels, to_pixels(split.images, 255)[labels])
+
+
+def test_augmented_batches_hold_the_flips_and_crops_of_their_images() -> None:
+    split = make_split(40)
+    for pixels, labels in Batches(split, CIFAR, 16, 0, True, "cpu").epoch(0):
+        for image, label in zip((pixels * 255).round().to(torch.uint8), labels.tolist(), strict=True):
+            variants = (
+                naive(split.images[label], flip, top, left, 2)
+                for flip in (False, True)
+                for top in range(5)
+                for left in range(5)
+            )
+            assert any(torch.equal(image, variant) for variant in variants)
+
+
+def epoch_of(seed: int, number: int, batch_size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    batches = Batches(make_split(32), CIFAR, batch_size, seed, True, "cpu")
+    pixels, labels = zip(*batches.epoch(number), strict=True)
+    return torch.cat(pixels), torch.cat(labels)
+
+
+def test_same_seed_and_epoch_give_the_same_batches_however_often_and_in_whatever_order() -> None:
+    batches = Batches(make_split(32), CIFAR, 8, 1, True, "cpu")
+    list(batches.epoch(0))
+    pixels, labels = zip(*batches.epoch(1), strict=True)
+    again_pixels, again_labels = epoch_of(1, 1)
+    assert torch.equal(torch.cat(pixels), again_pixels)
+    assert torch.equal(torch.cat(labels), again_labels)
+
+
+def test_order_flips_and_offsets_come_from_the_documented_seeds() -> None:
+    split = make_split(32)
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(derive_seed(7, "shuffle", 2)))
+    flips, offsets = draw(32, 2, True, torch.Generator().manual_seed(derive_seed(7, "augment", 2)))
+    pixels, labels = epoch_of(7, 2)
+    assert torch.equal(labels, order)
+    augmented = flip_and_crop(split.images, flips, offsets, 2)  # drawn per image, in published order
+    assert torch.equal(pixels, to_pixels(augmented[order], 255))
+
+
+def test_batches_leave_the_global_generator_alone() -> None:
+    state = torch.get_rng_state()
+    epoch_of(0, 0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_batch_size_does_not_change_order_or_augmentation() -> None:
+    for one, other in zip(epoch_of(0, 0, 8), epoch_of(0, 0, 5), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("seed", "number"), [(0, 1), (1, 0)])
+def test_other_epoch_or_seed_gives_another_order_and_augmentation(seed: int, number: int) -> None:
+    pixels, labels = epoch_of(0, 0)
+    other_pixels, other_labels = epoch_of(seed, number)
+    assert not torch.equal(labels, other_labels)
+    same = (pixels[labels.argsort()] == other_pixels[other_labels.argsort()]).flatten(1).all(1)
+    assert same.float().mean() < 0.5
+
+
+def test_no_augmentation_on_request_or_where_the_data_set_has_none() -> None:
+    split = make_split(16)
+    for info, augment in ((CIFAR, False), (replace(CIFAR, flip=False, crop_padding=0), True)):
+        for pixels, labels in Batches(split, info, 8, 0, augment, "cpu").epoch(0):
+            assert torch.equal(pixels, to_pixels(split.images[labels], 255))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_sees_the_same_batches() -> None:
+    split = make_split(64)
+    on_cpu = Batches(split, CIFAR, 16, 0, True, "cpu").epoch(0)
+    on_gpu = Batches(split, CIFAR, 16, 0, True, "cuda").epoch(0)
+    for (pixels, labels), (gpu_pixels, gpu_labels) in zip(on_cpu, on_gpu, strict=True):
+        assert gpu_pixels.device.type == "cuda"
+        assert torch.equal(pixels, gpu_pixels.cpu())
+        assert torch.equal(labels, gpu_labels.cpu())

@@ -1,0 +1,232 @@
+"""Plugins: found one by one, clashes refused, tasks sent to the owner alone."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.metadata import Distribution, EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from certbench.contract import MethodCard
+from certbench.errors import PluginError, UsageError
+from certbench.hookspecs import hookimpl
+from certbench.plugins import Plugins, installed
+from certbench.recipe import Strict, parse_recipe
+
+
+class Settings(Strict):
+    strength: float = 0.5
+
+
+def card(name: str) -> MethodCard:
+    return MethodCard(
+        name=name,
+        summary="a toy",
+        paper="none",
+        norm="linf",
+        guarantee="real_arith",
+        settings=Settings,
+        recipes=Path(__file__).parent / "no-recipes",
+        certifier="ibp",
+    )
+
+
+class Toy:
+    """A plugin object with the given methods; ``train`` answers with its own name."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+    @hookimpl
+    def register_methods(self) -> list[MethodCard]:
+        return [card(name) for name in self.names]
+
+    @hookimpl
+    def train(self, task: Any) -> Any:
+        return self.names
+
+
+class Mute:
+    """A plugin without a train hook."""
+
+    @hookimpl
+    def register_methods(self) -> list[MethodCard]:
+        return [card("mute")]
+
+
+class Named(Distribution):
+    """A distribution that is only a name."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    @property
+    def metadata(self) -> Any:
+        return {"Name": self._name, "Version": "1.0"}
+
+    def read_text(self, filename: str) -> None:
+        return None
+
+    def locate_file(self, path: Any) -> Any:
+        return path
+
+
+class Point(EntryPoint):
+    """An entry point whose ``load`` gives an object, or raises."""
+
+    def load(self) -> Any:
+        loaded = TOYS[self.value]
+        if isinstance(loaded, BaseException):
+            raise loaded
+        return loaded
+
+
+TOYS: dict[str, Any] = {}
+
+
+def plugins(**objects: Any) -> Plugins:
+    """Plugins from ``name=object``, each in a distribution ``toy-<name>``."""
+    points = []
+    for name, thing in objects.items():
+        TOYS[f"toys_{name}"] = thing
+        point = Point(name, f"toys_{name}", "certbench")
+        points.append(point._for(Named(f"toy-{name}")))  # type: ignore[attr-defined]  # how importlib.metadata ties the two
+    return Plugins(points)
+
+
+class FakeTask:
+    """Just enough of a task to be routed."""
+
+    def __init__(self, method: str) -> None:
+        self.recipe = parse_recipe(
+            {
+                "dataset": "digits",
+                "model": "cnn-small",
+                "threat": {"radius": "0.1"},
+                "method": {"name": method},
+                "train": {"epochs": 1},
+            },
+            "fake",
+        )
+
+
+def test_exactly_the_expected_methods_are_registered() -> None:
+    """In each environment of the matrix: the core alone has none, the others have those they name."""
+    if "CERTBENCH_EXPECT" not in os.environ:
+        pytest.skip("CERTBENCH_EXPECT names the methods of a tox environment; it is not set")
+    expected = set(os.environ["CERTBENCH_EXPECT"].split())
+    assert set(installed().methods()) == expected
+    assert not [p for p in installed().loaded if p.error]
+
+
+def test_plugins_load_in_sorted_order_and_a_broken_one_does_not_stop_the_others() -> None:
+    found = plugins(
+        zeta=Toy("z"), broken=ImportError("no module named 'nothing'\nsecond line"), alpha=Toy("a")
+    )
+    assert [p.name for p in found.loaded] == ["alpha", "broken", "zeta"]
+    assert found.loaded[1].error == "ImportError: no module named 'nothing'"
+    assert set(found.methods()) == {"a", "z"}
+    with pytest.raises(UsageError, match="toy-broken .ImportError: no module named 'nothing'"):
+        found.owner("absent")
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), RuntimeError("boom"), SyntaxError("bad")])
+def test_a_plugin_may_raise_anything_on_import(error: BaseException) -> None:
+    found = plugins(bad=error, good=Toy("fine"))
+    assert set(found.methods()) == {"fine"}
+    assert found.loaded[0].error
+
+
+def test_two_plugins_with_one_name_are_an_error_that_names_both_distributions() -> None:
+    with pytest.raises(PluginError, match="'same' is claimed by two distributions, toy-one and toy-two"):
+        plugins(one=Toy("same"), two=Toy("same")).methods()
+
+
+def test_a_plugin_with_a_broken_registration_is_named() -> None:
+    class Liar:
+        @hookimpl
+        def register_methods(self) -> list[str]:
+            return ["a string"]
+
+    with pytest.raises(
+        PluginError, match="toy-liar: register_methods must return MethodCard objects, not str"
+    ):
+        plugins(liar=Liar()).methods()
+
+
+def test_train_goes_only_to_the_owner() -> None:
+    found = plugins(a=Toy("first"), b=Toy("second", "third"), c=Mute())
+    assert found.train(FakeTask("first")) == ("first",)  # type: ignore[arg-type]
+    assert found.train(FakeTask("third")) == ("second", "third")  # type: ignore[arg-type]
+    assert found.certify(FakeTask("third")) is None  # type: ignore[arg-type]
+    with pytest.raises(Exception, match="toy-c has no train hook for 'mute'"):
+        found.train(FakeTask("mute"))  # type: ignore[arg-type]
+
+
+def test_trace_prints_hook_calls(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("CERTBENCH_TRACE", "1")
+    plugins(a=Toy("first")).train(FakeTask("first"))  # type: ignore[arg-type]
+    printed = capsys.readouterr().err
+    assert "call train(task)" in printed and "toy-a:a" in printed
+
+
+def test_method_settings_are_checked_by_the_methods_own_model() -> None:
+    found = plugins(a=Toy("first"))
+    table = {
+        "dataset": "digits",
+        "model": "cnn-small",
+        "threat": {"radius": "0.1"},
+        "train": {"epochs": 1},
+    }
+    resolved = found.resolve(parse_recipe({**table, "method": {"name": "first"}}, "r"))
+    assert resolved.method.settings == {"strength": 0.5}, "defaults are part of the resolved recipe"
+    with pytest.raises(UsageError, match="unknown key 'method.strenght'; did you mean 'strength'"):
+        found.resolve(parse_recipe({**table, "method": {"name": "first", "strenght": 1}}, "r"))
+    with pytest.raises(UsageError, match="unknown method 'frist'; did you mean 'first'"):
+        found.resolve(parse_recipe({**table, "method": {"name": "frist"}}, "r"))
+
+
+def test_hook_specifications_hold_no_logic() -> None:
+    """The page an author reads first: signatures and docstrings only."""
+    import ast
+
+    import certbench.hookspecs
+
+    assert certbench.hookspecs.__file__ is not None
+    tree = ast.parse(Path(certbench.hookspecs.__file__).read_text())
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    assert functions
+    for function in functions:
+        assert len(function.body) == 1 and isinstance(function.body[0], ast.Expr), function.name
+        assert ast.get_docstring(function), function.name
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["run", "--help"],
+        ["list", "methods"],
+        ["list", "recipes"],
+        ["list", "datasets"],
+        ["list", "suites"],
+        ["list", "plugins"],
+    ],
+)
+def test_help_and_list_import_no_torch(arguments: list[str]) -> None:
+    import subprocess
+
+    code = (
+        "import sys, certbench.cli as c\n"
+        "try: c.main(sys.argv[1:])\n"
+        "except SystemExit as e: assert not e.code, e.code\n"
+        "heavy = {'torch', 'sklearn', 'pandas', 'pyarrow', 'scipy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

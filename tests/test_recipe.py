@@ -1,0 +1,132 @@
+"""Recipes: exact radii, explained errors, overrides, run ids."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from certbench.errors import UsageError
+from certbench.recipe import Recipe, load_recipe, parse_recipe, run_id
+from certbench.seeding import derive_seed
+from certbench.threat import format_radius, parse_radius, round_down, round_up
+
+TABLE = {
+    "dataset": "digits",
+    "model": "cnn-small",
+    "threat": {"norm": "linf", "radius": "8/255"},
+    "method": {"name": "fast-ibp"},
+    "train": {"epochs": 5},
+}
+
+
+def recipe(**changes: object) -> Recipe:
+    return parse_recipe({**TABLE, **changes}, "test")
+
+
+def test_radius_is_an_exact_fraction() -> None:
+    assert recipe().threat.radius == Fraction(8, 255)
+    assert parse_recipe(TABLE, "t", ["threat.radius=0.1"]).threat.radius == Fraction(1, 10)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("8/0", "divides by zero"),
+        ("-1/255", "above 0"),
+        ("0", "above 0"),
+        ("256/255", "at most at 1"),
+        ("nan", "is not a fraction"),
+        ("inf", "is not a fraction"),
+        ("eight", "is not a fraction"),
+        ("1e-400000000", "is not a fraction"),
+        (0.1, "in quotes"),
+        (True, "in quotes"),
+    ],
+)
+def test_bad_radius_is_one_line_that_names_key_and_value(text: object, reason: str) -> None:
+    with pytest.raises(UsageError, match=reason) as caught:
+        recipe(threat={"norm": "linf", "radius": text})
+    assert "threat.radius" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@given(st.fractions(min_value=Fraction(1, 10**6), max_value=1, max_denominator=10**15))
+def test_rounding_brackets_the_fraction_by_neighbouring_floats(radius: Fraction) -> None:
+    up, down = round_up(radius), round_down(radius)
+    assert Fraction(down) <= radius <= Fraction(up)
+    assert up in (down, math.nextafter(down, math.inf))
+    assert parse_radius(format_radius(radius)) == radius
+
+
+@pytest.mark.parametrize(
+    ("radius", "shown"),
+    [("8/255", "8/255"), ("0.1", "0.1"), ("2/255", "2/255"), ("1/5", "0.2"), ("1", "1"), ("1/7", "1/7")],
+)
+def test_radii_are_shown_as_people_write_them(radius: str, shown: str) -> None:
+    assert format_radius(Fraction(radius)) == shown
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"modle": "cnn7"}, ["unknown key 'modle'", "did you mean 'model'"]),
+        ({"train": {"epochs": 5, "epoch": 3}}, ["unknown key 'train.epoch'", "did you mean 'epochs'"]),
+        ({"train": {}}, ["'train.epochs' is missing"]),
+        ({"train": {"epochs": 0}}, ["train.epochs = 0"]),
+        ({"train": {"epochs": 3, "learning_rate": float("nan")}}, ["train.learning_rate"]),
+        ({"certify": {"cap": "1/255"}}, ["lies below threat.radius"]),
+        ({"threat": {"norm": "l0", "radius": "0.1"}}, ["threat.norm", '"l0"']),
+        ({"seed": -1}, ["seed = -1"]),
+    ],
+)
+def test_errors_name_key_value_and_nearest_known_key(changes: dict[str, object], words: list[str]) -> None:
+    with pytest.raises(UsageError) as caught:
+        recipe(**changes)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_broken_toml_and_missing_file_are_explained(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.toml"
+    broken.write_text("dataset = ")
+    with pytest.raises(UsageError, match="broken.toml is not valid TOML"):
+        load_recipe(broken)
+    with pytest.raises(UsageError, match="cannot read recipe"):
+        load_recipe(tmp_path / "absent.toml")
+
+
+def test_overrides_reach_nested_keys_and_refuse_nonsense() -> None:
+    changed = parse_recipe(TABLE, "t", ["train.epochs=3", "method.ramp=linear", "train.milestones=[1,2]"])
+    assert changed.train.epochs == 3
+    assert changed.method.settings == {"ramp": "linear"}
+    assert changed.train.milestones == (1, 2)
+    for bad in ("train.epochs", "=3", "train..epochs=3", "train.epochs.deeper=3"):
+        with pytest.raises(UsageError):
+            parse_recipe(TABLE, "t", [bad])
+
+
+def test_run_id_changes_with_all_that_moves_a_number_and_with_nothing_else() -> None:
+    base = run_id(recipe(), "data", 1)
+    assert len(base) == 16
+    same = recipe(reference={"source": "a paper", "clean_error": 1.0})
+    assert run_id(same, "data", 1) == base
+    assert run_id(parse_recipe(TABLE, "another name"), "data", 1) == base
+    assert run_id(recipe(threat={"radius": "16/510"}), "data", 1) == base, "equal fractions are one radius"
+    others = [
+        run_id(recipe(seed=1), "data", 1),
+        run_id(recipe(train={"epochs": 6}), "data", 1),
+        run_id(recipe(certify={"cap": "9/255"}), "data", 1),
+        run_id(recipe(), "other data", 1),
+        run_id(recipe(), "data", 2),
+    ]
+    assert len({base, *others}) == 1 + len(others)
+
+
+def test_seeds_are_fixed_for_good_and_differ_by_purpose() -> None:
+    assert derive_seed(0, "shuffle", 1) == derive_seed(0, "shuffle", 1)
+    assert len({derive_seed(s, p, e) for s in (0, 1) for p in ("shuffle", "augment") for e in (1, 2)}) == 8
+    assert derive_seed(0, "network") == 715385884120655211
