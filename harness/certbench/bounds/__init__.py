@@ -4,6 +4,7 @@
 it by the interval rules; ``Bounds.margins`` bounds (logit of the label) - (any other logit).
 """
 
+from certbench.bounds import activations, shapes
 from certbench.bounds.box import Box, input_box
 from certbench.bounds.graph import RELU, Bounds, Clean, Graph
 from certbench.bounds.interval import interval_rule
