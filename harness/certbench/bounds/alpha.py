@@ -52,25 +52,23 @@ def alpha_crown_margins(
     return torch.cat(parts)
 
 
+@torch.enable_grad()
 def _search(tape: Tape, result: str, rows: Tensor, steps: int, learning_rate: float) -> tuple[Tensor, Slopes]:
     """The best bounds found, shape (batch, rows), and the slopes that prove them."""
     slopes = _adaptive(tape, rows.shape[1])
-    with torch.enable_grad():
-        margins = tape.lower_bound(result, rows, slopes)
+    margins = tape.lower_bound(result, rows, slopes)
     best, best_slopes = margins.detach(), {name: slope.detach().clone() for name, slope in slopes.items()}
-    if not slopes or not margins.requires_grad:
+    if not margins.requires_grad:  # no open ReLU on the way: nothing to choose
         return best, best_slopes
     optimizer = torch.optim.Adam(list(slopes.values()), lr=learning_rate)
     for _ in range(steps):
-        gradients = torch.autograd.grad(margins.sum(), list(slopes.values()), allow_unused=True)
+        gradients = torch.autograd.grad(-margins.sum(), list(slopes.values()), allow_unused=True)
         for slope, gradient in zip(slopes.values(), gradients, strict=True):
-            slope.grad = None if gradient is None else -gradient
+            slope.grad = gradient
         optimizer.step()
-        with torch.no_grad():
-            for slope in slopes.values():
-                slope.clamp_(0.0, 1.0)
-        with torch.enable_grad():
-            margins = tape.lower_bound(result, rows, slopes)
+        for slope in slopes.values():
+            slope.data.clamp_(0.0, 1.0)
+        margins = tape.lower_bound(result, rows, slopes)
         better = margins.detach() > best
         best = torch.where(better, margins.detach(), best)
         for name, slope in slopes.items():
