@@ -40,7 +40,7 @@ def alpha_crown_margins(
             tape = refined(graph, part, statistics, plan)
         found = [
             _search(tape, graph.result, rows, steps, learning_rate)
-            for rows in margin_rows(tape, part_labels).split(plan.rows(len(part_labels)), 1)
+            for rows in torch.split(margin_rows(tape, part_labels), plan.rows(len(part_labels)), 1)
         ]
         if torch.is_grad_enabled():
             tape = refined(graph, part, statistics, plan)

@@ -43,7 +43,9 @@ class Activation:
     @property
     def box(self) -> Box:
         if self.known is None:
-            raise UsageError(f"a backward rule reads the bounds of {self.name} but does not register for them")
+            raise UsageError(
+                f"a backward rule reads the bounds of {self.name} but does not register for them"
+            )
         return self.known
 
     def zeros(self, like: Tensor, batch: int) -> Tensor:
@@ -116,13 +118,11 @@ def convolution(
 ) -> Terms:
     n = weight.ndim - 2
     stride, padding, dilation = (as_list(value, n) for value in (stride, padding, dilation))
-    rest = [
-        x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1 for i in range(n)
-    ]
+    rest = [x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1 for i in range(n)]
     missed = [rest[i] % stride[i] for i in range(n)]  # entries at the end that no window reaches
     transposed = torch.conv_transpose1d if n == 1 else torch.conv_transpose2d
     pulled = transposed(a.flatten(0, 1), weight, None, stride, padding, missed, groups, dilation)
-    return Terms([(x, pulled.unflatten(0, a.shape[:2]))], _channel_constant(a, bias))
+    return Terms([(x, pulled.view(*a.shape[:2], *pulled.shape[1:]))], _channel_constant(a, bias))
 
 
 @backward_rule("aten.conv1d.padding", "aten.conv2d.padding")
@@ -204,7 +204,8 @@ def with_rows(constant: Any, a: Tensor) -> Any:
 
 
 def _weighted_sum(a: Tensor, constant: Any) -> Tensor:
-    return (a * with_rows(constant, a)).flatten(2).sum(2)
+    weighted: Tensor = a * with_rows(constant, a)
+    return weighted.flatten(2).sum(2)
 
 
 def _same_shape(x: Activation, a: Tensor) -> None:
@@ -217,7 +218,7 @@ def _same_shape(x: Activation, a: Tensor) -> None:
 @backward_rule("aten.cat.default")
 def cat(a: Tensor, parts: list[Any], dim: int = 0) -> Terms:
     at = dim + 1 if dim >= 0 else dim
-    pieces = a.split([part.shape[dim] for part in parts], at)
+    pieces = torch.split(a, [part.shape[dim] for part in parts], at)
     paired = list(zip(parts, pieces, strict=True))
     terms = [(part, piece) for part, piece in paired if isinstance(part, Activation)]
     fixed = [_weighted_sum(piece, part) for part, piece in paired if not isinstance(part, Activation)]
@@ -243,7 +244,7 @@ def _transposed(function: Callable[[Tensor], Tensor], a: Tensor, x: Activation) 
     rows = a.flatten(0, 1)
     pull = torch.func.vjp(function, x.zeros(a, len(rows)))[1]
     pulled: Tensor = pull(rows)[0]
-    return pulled.unflatten(0, a.shape[:2])
+    return pulled.view(*a.shape[:2], *pulled.shape[1:])
 
 
 def _by_differentiation(
@@ -265,6 +266,8 @@ def reshape(a: Tensor, x: Activation, *_: Any) -> Terms:
     return Terms([(x, a.reshape(*a.shape[:2], *x.shape[1:]))])
 
 
-@backward_rule(*sorted(_SAME), "aten.dropout.default", "aten.dropout1d.default", "aten.feature_dropout.default")
+@backward_rule(
+    *sorted(_SAME), "aten.dropout.default", "aten.dropout1d.default", "aten.feature_dropout.default"
+)
 def identity(a: Tensor, x: Activation, *_: Any, **__: Any) -> Terms:
     return Terms([(x, a)])

@@ -15,7 +15,7 @@ radius. Source of the affine rules: Gowal et al. 2018 (arXiv 1810.12715).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,19 +29,20 @@ Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}
 
 
-def interval_rule(*operations: str) -> Callable[[Rule], Rule]:
+R = TypeVar("R", bound=Rule)
+
+
+def interval_rule(*operations: str) -> Callable[[R], R]:
     """Register a rule for operations by canonical name, for instance ``aten.relu.default``.
 
     Raises:
         UsageError: an operation already has a rule.
     """
 
-    def register(rule: Rule) -> Rule:
+    def register(rule: R) -> R:
         for operation in operations:
             if operation in RULES:
-                raise UsageError(
-                    f"operation {operation} already has an interval rule"
-                )
+                raise UsageError(f"operation {operation} already has an interval rule")
             RULES[operation] = rule
         return rule
 
@@ -79,9 +80,11 @@ def _convolution(
 
 @interval_rule("aten.batch_norm.default")
 def batch_norm(
-    x: Box, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, *options: Any
+    x: Box, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None, *options: Any
 ) -> Box:
     """A fixed scale and shift per channel; the graph has put the statistics to use in ``mean`` and ``var``."""
+    if mean is None or var is None:
+        raise UsageError("a batch norm without running statistics has no interval rule in evaluation mode")
     eps = options[2]
     scale, shift = scale_and_shift(weight, bias, mean, var, eps)
     scale, shift = per_channel(scale, x.shape), per_channel(shift, x.shape)
@@ -163,4 +166,6 @@ def _box(value: Any) -> Box:
 
 def refuse_boxes(what: str, *values: object) -> None:
     if any(isinstance(value, Box) for value in values):
-        raise UsageError(f"no interval rule covers a {what} whose parameters depend on the input; register one")
+        raise UsageError(
+            f"no interval rule covers a {what} whose parameters depend on the input; register one"
+        )

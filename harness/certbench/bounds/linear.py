@@ -26,7 +26,7 @@ from torch import Tensor
 
 from certbench.bounds.backward import BACKWARD, Activation, BackwardRule
 from certbench.bounds.box import Box
-from certbench.bounds.graph import Graph, Node, Ref, Statistics
+from certbench.bounds.graph import Graph, Node, Statistics
 from certbench.bounds.specification import difference_rows
 from certbench.errors import UsageError
 
@@ -105,7 +105,11 @@ class Tape:
         while name in producers:
             step = producers[name]
             inputs = _activations(step.arguments)
-            if len(inputs) != 1 or step.operation not in ONE_TO_ONE | MIXING or (step.operation in MIXING and mixed):
+            if (
+                len(inputs) != 1
+                or step.operation not in ONE_TO_ONE | MIXING
+                or (step.operation in MIXING and mixed)
+            ):
                 return False
             mixed = mixed or step.operation in MIXING
             name = inputs[0].name
@@ -147,7 +151,9 @@ def record(
                 raise UsageError(_no_rule(graph, node))
             return
         if rule.needs is not None and refine is not None:
-            arguments[0] = refine(tape, _seen(node.arguments[0], arguments[0], False), arguments[0], rule.needs)
+            arguments[0] = refine(
+                tape, _seen(node.arguments[0], arguments[0], False), arguments[0], rule.needs
+            )
         seen = [
             _seen(original, value, rule.needs is not None)
             for original, value in zip(node.arguments, arguments, strict=True)
@@ -261,7 +267,9 @@ def _images(box: Box, start: int, stop: int) -> Box:
 
 
 def _margins(tape: Tape, result: str, labels: Tensor, rows: int) -> Tensor:
-    return torch.cat([tape.lower_bound(result, part) for part in margin_rows(tape, labels).split(rows, 1)], 1)
+    return torch.cat(
+        [tape.lower_bound(result, part) for part in torch.split(margin_rows(tape, labels), rows, 1)], 1
+    )
 
 
 def margin_rows(tape: Tape, labels: Tensor) -> Tensor:
@@ -281,7 +289,7 @@ def refined(graph: Graph, box: Box, statistics: Statistics | None, plan: Plan) -
             return known
         chosen = open_.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :most]
         lower, upper = [], []
-        for index in chosen.split(plan.rows(len(chosen)), 1):
+        for index in torch.split(chosen, plan.rows(len(chosen)), 1):
             unit = known.lower.new_zeros(*index.shape, open_.shape[1])
             unit = unit.scatter_(2, index.unsqueeze(2), 1.0).view(*index.shape, *known.shape[1:])
             lower.append(tape.lower_bound(activation.name, unit))

@@ -66,9 +66,7 @@ def _not_a_point(x: Box) -> Tensor:
     return x.lower < x.upper
 
 
-def _lines(
-    a: Tensor, x: Activation, slope: Tensor, below: Tensor, above: Tensor
-) -> Terms:
+def _lines(a: Tensor, x: Activation, slope: Tensor, below: Tensor, above: Tensor) -> Terms:
     """Both lines with one slope; ``below`` and ``above`` are their values at 0, all of shape (batch, ...)."""
     positive, negative = a.clamp_min(0).flatten(2), a.clamp_max(0).flatten(2)
     constant = positive @ below.flatten(1).unsqueeze(2) + negative @ above.flatten(1).unsqueeze(2)
@@ -182,5 +180,6 @@ def _rivals(upper: Tensor, best: Tensor, kernel: Any, stride: Any, padding: Any,
     """How many entries of each window reach its largest lower bound, shape of ``best``: the winner, and its rivals."""
     rows, columns = as_list(padding, 2)
     padded = F.pad(upper, (columns, columns, rows, rows), value=-torch.inf)
-    windows = F.unfold(padded, kernel, dilation, 0, stride).unflatten(1, (upper.shape[1], -1))
+    columns_of = F.unfold(padded, kernel, dilation, 0, stride)
+    windows = columns_of.view(*upper.shape[:2], -1, columns_of.shape[2])
     return (windows >= best.flatten(2).unsqueeze(2)).sum(2).view_as(best)

@@ -120,7 +120,7 @@ def chunk(x: Box, chunks: int, dim: int = 0) -> list[Box]:
 
 @interval_rule("aten.split.Tensor", "aten.split_with_sizes.default")
 def split(x: Box, sizes: Any, dim: int = 0) -> list[Box]:
-    return _pieces(x, lambda part: part.split(sizes, dim))
+    return _pieces(x, lambda part: torch.split(part, sizes, dim))
 
 
 def _pieces(x: Box, cut: Callable[[Tensor], tuple[Tensor, ...]]) -> list[Box]:
