@@ -196,7 +196,11 @@ def test_ctrl_c_leaves_a_run_that_resumes(tmp_path: Path) -> None:
     import time
 
     command = [sys.executable, "-m", "certbench", "run", DIGITS, "--out", str(tmp_path), "--device", "cpu"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    command += ["--set", "train.epochs=16"]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=one_thread
+    )
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("runs/*/epoch-*.json")) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -205,6 +209,6 @@ def test_ctrl_c_leaves_a_run_that_resumes(tmp_path: Path) -> None:
     assert process.returncode == 130, error
     assert "the same command resumes" in error
     assert "Traceback" not in error
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=one_thread)
     assert done.returncode == 0, done.stderr
     assert "resumed after epoch" in done.stderr

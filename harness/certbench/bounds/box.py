@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from certbench.errors import UsageError
+
 Map = Callable[[Tensor], Tensor]
 
 
@@ -78,7 +80,23 @@ def input_box(images: Tensor, eps: float | Tensor) -> Box:
     Args:
         images: (batch, ...) raw pixels in [0, 1].
         eps: one radius in raw pixel units, or one per image, shape (batch,).
+
+    Raises:
+        UsageError: an image leaves [0, 1], or a radius is negative; NaN is neither.
     """
+    if not torch.compiler.is_compiling():
+        _check(images, eps)
     if isinstance(eps, Tensor) and eps.ndim:
         eps = eps.reshape(-1, *[1] * (images.ndim - 1))
     return Box(lower=(images - eps).clamp_min(0.0), upper=(images + eps).clamp_max(1.0))
+
+
+def _check(images: Tensor, eps: float | Tensor) -> None:
+    if not bool(((images >= 0) & (images <= 1)).all()):
+        raise UsageError("images must lie in [0, 1]; one has a pixel outside, or NaN")
+    if not (bool((eps >= 0).all()) if isinstance(eps, Tensor) else eps >= 0):
+        raise UsageError("a radius must be 0 or above, in raw pixel units; one is negative or NaN")
+    if isinstance(eps, Tensor) and eps.ndim and eps.shape != images.shape[:1]:
+        raise UsageError(
+            f"radii of shape {tuple(eps.shape)} for {len(images)} images; give one, or one per image"
+        )

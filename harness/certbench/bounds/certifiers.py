@@ -1,13 +1,53 @@
-"""The core's deterministic certifiers by name."""
+"""The core's deterministic certifiers by name, and cascades of them: ``ibp>crown-ibp>crown``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from certbench.bounds import ibp
+from torch import Tensor
+
+from certbench.bounds.alpha import LEARNING_RATE, STEPS, alpha_crown_margins
+from certbench.bounds.box import Box, input_box
+from certbench.bounds.decide import Bound, certify
+from certbench.bounds.graph import Graph
+from certbench.bounds.linear import crown_ibp_margins, crown_margins
+from certbench.bounds.radius import GRID
 from certbench.contract import Certificates, CertifyTask
 from certbench.errors import UsageError, nearest
+
+
+def _interval(graph: Graph, images: Tensor, eps: Tensor, labels: Tensor) -> Tensor:
+    return graph.bound(input_box(images, eps)).margins(labels)
+
+
+def _linear(
+    margins: Callable[[Graph, Box, Tensor], Tensor],
+) -> Callable[[Graph, Tensor, Tensor, Tensor], Tensor]:
+    return lambda graph, images, eps, labels: margins(graph, input_box(images, eps), labels)
+
+
+FINE, COARSE = 2.0**-20, 2.0**-10
+BOUNDS = {
+    bound.name: bound
+    for bound in (
+        Bound("ibp", "interval bounds, classification layer merged", _interval, True, 250, FINE),
+        Bound(
+            "crown-ibp", "linear bounds over interval bounds", _linear(crown_ibp_margins), False, 50, COARSE
+        ),
+        Bound("crown", "linear bounds over linear bounds", _linear(crown_margins), False, 50, COARSE),
+        Bound(
+            name="alpha-crown",
+            summary="linear bounds with optimised lower slopes",
+            margins=_linear(alpha_crown_margins),
+            monotone=False,
+            chunk=50,
+            tolerance=COARSE,
+            settings={"steps": STEPS, "learning_rate": LEARNING_RATE},
+        ),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -20,18 +60,35 @@ class Certifier:
     settings: Mapping[str, object]
 
 
-CERTIFIERS = {
-    ibp.NAME: Certifier(
-        ibp.NAME, "interval bounds, classification layer merged, float64", ibp.certify, ibp.SETTINGS
-    )
-}
+def _certifier(bounds: Sequence[Bound]) -> Certifier:
+    name = ">".join(bound.name for bound in bounds)
+    settings = {
+        "certifier": name,
+        "precision": "float64",
+        "chunk": min(bound.chunk for bound in bounds),
+        "grid": GRID,
+        "bounds": [bound.describe() for bound in bounds],
+    }
+    return Certifier(name, ", then ".join(b.summary for b in bounds), partial(certify, bounds), settings)
+
+
+CERTIFIERS = {name: _certifier([bound]) for name, bound in BOUNDS.items()}
 
 
 def find_certifier(name: str) -> Certifier:
-    """
+    """The certifier of one bound, or of a cascade written ``cheap>expensive``.
+
     Raises:
-        UsageError: unknown name; says the nearest known one.
+        UsageError: unknown name, which gets the nearest known one, or a name twice in a cascade.
     """
-    if name not in CERTIFIERS:
-        raise UsageError(f"unknown certifier {name!r}; {nearest(name, CERTIFIERS)}")
-    return CERTIFIERS[name]
+    names = [part.strip() for part in name.split(">")]
+    for part in names:
+        if part not in BOUNDS:
+            raise UsageError(f"unknown certifier {part!r}{_of(name, names)}; {nearest(part, BOUNDS)}")
+    if len(set(names)) < len(names):
+        raise UsageError(f"certifier {name!r} names a bound twice; the second would find nothing new")
+    return _certifier([BOUNDS[part] for part in names])
+
+
+def _of(name: str, names: list[str]) -> str:
+    return f" in {name!r}" if len(names) > 1 else ""

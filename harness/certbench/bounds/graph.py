@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +50,10 @@ def _names(value: Any) -> Iterator[str]:
 
 Statistics = Mapping[str, tuple[Tensor, Tensor]]
 """Batch norm node -> (mean, biased variance), each (channels,), of a clean batch."""
+
+
+Visit = Callable[[Node, list[Any], dict[str, Any]], None]
+"""Called before each operation on a box, with its resolved arguments, which it may replace, and its options."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,13 @@ class Graph:
             self._forget(node, values)
         return Clean(values[self.result], statistics)
 
-    def bound(self, box: Box, statistics: Statistics | None = None, keep: Collection[str] = ()) -> Bounds:
+    def bound(
+        self,
+        box: Box,
+        statistics: Statistics | None = None,
+        keep: Collection[str] = (),
+        visit: Visit | None = None,
+    ) -> Bounds:
         """Push a box of raw images through the network by the interval rules.
 
         Args:
@@ -139,6 +149,7 @@ class Graph:
             statistics: what training-mode batch norms use: those of the clean pass of the same step. Evaluation-mode
                 batch norms use their running statistics. Nothing is updated.
             keep: operations, such as ``RELU``, whose input boxes are wanted.
+            visit: sees every operation that a box enters, the last one included, and may tighten that box.
 
         Raises:
             UsageError: an operation has no interval rule; names the node and how to add one.
@@ -147,8 +158,10 @@ class Graph:
         kept: list[Box] = []
         for node in self.nodes:
             if node.name == self.result and node.operation == LINEAR:
-                features, weight, *bias = (_resolve(a, values) for a in node.arguments)
+                features, weight, *bias = arguments = [_resolve(a, values) for a in node.arguments]
                 if isinstance(features, Box):
+                    if visit is not None:
+                        visit(node, arguments, {})
                     return Bounds(features, weight, bias[0] if bias else None, kept)
             arguments = [_resolve(a, values) for a in node.arguments]
             if not _has_box(arguments):
@@ -158,7 +171,10 @@ class Graph:
                 kept.append(arguments[0])
             if node.name in self._norms:
                 arguments[3:5] = self._frozen_statistics(node, arguments, statistics)
-            values[node.name] = self._rule(node)(*arguments, **_resolve_options(node, values))
+            rule, options = self._rule(node), _resolve_options(node, values)
+            if visit is not None:
+                visit(node, arguments, options)
+            values[node.name] = rule(*arguments, **options)
             self._forget(node, values)
         output = values[self.result]
         if not isinstance(output, Box):

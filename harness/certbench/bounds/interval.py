@@ -3,18 +3,19 @@
 A rule has the signature of its operation. Arguments that depend on the network's input arrive as boxes, everything
 else (weights, strides, shapes) as the operation would see it. A new rule, in a plugin or here, is
 
-    @interval_rule("aten.hardtanh.default")
-    def hardtanh(x, *limits):
-        return x.ends(lambda end: torch.ops.aten.hardtanh(end, *limits))
+    @interval_rule("aten.exp.default")
+    def exp(x):
+        return x.ends(torch.exp)
 
-The rules of this file are inclusion-isotone: a smaller box in never gives a larger box out, hence certified
-margins never increase with the radius. Source of the affine rules: Gowal et al. 2018 (arXiv 1810.12715).
+This file has the registry and the affine rules; ``activations`` and ``shapes`` have the others. All of them are
+inclusion-isotone: a smaller box in never gives a larger box out, hence certified margins never increase with the
+radius. Source of the affine rules: Gowal et al. 2018 (arXiv 1810.12715).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,23 +24,25 @@ from torch.nn import functional as F
 from certbench.bounds.box import Box
 from certbench.errors import UsageError
 
-Rule = Callable[..., Box]
+Rule = Callable[..., Any]
+"""Gives a box; a list of boxes, where the operation returns several values; or a plain value, such as a size."""
 RULES: dict[str, Rule] = {}
 
 
-def interval_rule(*operations: str) -> Callable[[Rule], Rule]:
+R = TypeVar("R", bound=Rule)
+
+
+def interval_rule(*operations: str) -> Callable[[R], R]:
     """Register a rule for operations by canonical name, for instance ``aten.relu.default``.
 
     Raises:
         UsageError: an operation already has a rule.
     """
 
-    def register(rule: Rule) -> Rule:
+    def register(rule: R) -> R:
         for operation in operations:
             if operation in RULES:
-                raise UsageError(
-                    f"operation {operation} already has an interval rule, {RULES[operation].__name__}"
-                )
+                raise UsageError(f"operation {operation} already has an interval rule")
             RULES[operation] = rule
         return rule
 
@@ -51,7 +54,7 @@ def interval_rule(*operations: str) -> Callable[[Rule], Rule]:
 
 @interval_rule("aten.linear.default")
 def linear(x: Box, weight: Tensor, bias: Tensor | None = None) -> Box:
-    _refuse_boxes("linear", weight, bias)
+    refuse_boxes("linear", weight, bias)
     return Box(center=F.linear(x.center, weight, bias), radius=F.linear(x.radius, weight.abs()))
 
 
@@ -68,7 +71,7 @@ def conv2d(x: Box, weight: Tensor, bias: Tensor | None = None, *geometry: Any) -
 def _convolution(
     convolve: Callable[..., Tensor], x: Box, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...]
 ) -> Box:
-    _refuse_boxes("convolution", weight, bias)
+    refuse_boxes("convolution", weight, bias)
     return Box(  # zero padding is a constant, so it adds no radius
         center=convolve(x.center, weight, bias, *geometry),
         radius=convolve(x.radius, weight.abs(), None, *geometry),
@@ -77,9 +80,11 @@ def _convolution(
 
 @interval_rule("aten.batch_norm.default")
 def batch_norm(
-    x: Box, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, *options: Any
+    x: Box, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None, *options: Any
 ) -> Box:
     """A fixed scale and shift per channel; the graph has put the statistics to use in ``mean`` and ``var``."""
+    if mean is None or var is None:
+        raise UsageError("a batch norm without running statistics has no interval rule in evaluation mode")
     eps = options[2]
     scale, shift = scale_and_shift(weight, bias, mean, var, eps)
     scale, shift = per_channel(scale, x.shape), per_channel(shift, x.shape)
@@ -116,6 +121,11 @@ def sub(a: Box | Tensor | float, b: Box | Tensor | float, alpha: float = 1) -> B
     return add(a, b, -alpha)
 
 
+@interval_rule("aten.rsub.Scalar", "aten.rsub.Tensor")
+def rsub(a: Box | Tensor | float, b: Box | Tensor | float, alpha: float = 1) -> Box:
+    return sub(b, a, alpha)
+
+
 @interval_rule("aten.neg.default")
 def neg(x: Box) -> Box:
     return scale(x, -1.0)
@@ -130,7 +140,7 @@ def mul(a: Box | Tensor | float, b: Box | Tensor | float) -> Box:
 
 @interval_rule("aten.div.Tensor", "aten.div.Scalar")
 def div(a: Box, b: Tensor | float) -> Box:
-    _refuse_boxes("division", b)
+    refuse_boxes("division", b)
     return Box(center=a.center / b, radius=a.radius / (b.abs() if isinstance(b, Tensor) else abs(b)))
 
 
@@ -154,90 +164,8 @@ def _box(value: Any) -> Box:
     return value
 
 
-def _refuse_boxes(what: str, *values: object) -> None:
+def refuse_boxes(what: str, *values: object) -> None:
     if any(isinstance(value, Box) for value in values):
-        raise UsageError(f"no interval rule covers a {what} whose weights depend on the input; register one")
-
-
-# Averages: linear with non-negative weights, so both parts of a box go through alike -------------------------------
-
-
-@interval_rule("aten.avg_pool2d.default")
-def avg_pool2d(x: Box, *geometry: Any) -> Box:
-    return x.both(lambda part: torch.ops.aten.avg_pool2d(part, *geometry))
-
-
-@interval_rule("aten.adaptive_avg_pool2d.default")
-def adaptive_avg_pool2d(x: Box, size: Any) -> Box:
-    return x.both(lambda part: torch.ops.aten.adaptive_avg_pool2d(part, size))
-
-
-@interval_rule("aten.mean.dim")
-def mean(x: Box, dim: Any, keepdim: bool = False, **_: Any) -> Box:
-    return x.both(lambda part: part.mean(dim, keepdim))
-
-
-# Non-decreasing operations: the two ends go through ------------------------------------------------------------------
-
-
-@interval_rule("aten.relu.default")
-def relu(x: Box) -> Box:
-    return x.ends(torch.relu)
-
-
-@interval_rule("aten.leaky_relu.default")
-def leaky_relu(x: Box, slope: float = 0.01) -> Box:
-    if slope < 0:
         raise UsageError(
-            f"leaky ReLU with the negative slope {slope} is not monotone and has no interval rule"
+            f"no interval rule covers a {what} whose parameters depend on the input; register one"
         )
-    return x.ends(lambda end: F.leaky_relu(end, slope))
-
-
-@interval_rule("aten.sigmoid.default")
-def sigmoid(x: Box) -> Box:
-    return x.ends(torch.sigmoid)
-
-
-@interval_rule("aten.tanh.default")
-def tanh(x: Box) -> Box:
-    return x.ends(torch.tanh)
-
-
-@interval_rule("aten.max_pool2d.default")
-def max_pool2d(x: Box, *geometry: Any) -> Box:
-    return x.ends(lambda end: torch.ops.aten.max_pool2d(end, *geometry))
-
-
-# Operations that move entries around ---------------------------------------------------------------------------------
-
-
-@interval_rule("aten.flatten.using_ints")
-def flatten(x: Box, start: int = 0, end: int = -1) -> Box:
-    return x.both(lambda part: part.flatten(start, end))
-
-
-@interval_rule("aten.view.default", "aten.reshape.default")
-def reshape(x: Box, shape: Any) -> Box:
-    return x.both(lambda part: part.reshape(shape))
-
-
-@interval_rule("aten.permute.default")
-def permute(x: Box, order: Any) -> Box:
-    return x.both(lambda part: part.permute(order))
-
-
-@interval_rule("aten.cat.default")
-def cat(parts: list[Box], dim: int = 0) -> Box:
-    return Box(lower=torch.cat([p.lower for p in parts], dim), upper=torch.cat([p.upper for p in parts], dim))
-
-
-@interval_rule("aten.clone.default", "aten.contiguous.default", "aten.alias.default", "aten.detach.default")
-def identity(x: Box, *_: Any, **__: Any) -> Box:
-    return x
-
-
-@interval_rule("aten.dropout.default")
-def dropout(x: Box, probability: float, training: bool) -> Box:
-    """Tracing is done in evaluation mode, where dropout is the identity."""
-    return x
