@@ -267,7 +267,7 @@ def reshape(a: Tensor, x: Activation, *_: Any) -> Terms:
 
 
 @backward_rule(
-    *sorted(_SAME), "aten.dropout.default", "aten.dropout1d.default", "aten.feature_dropout.default"
+    *sorted(_SAME), "aten.dropout.default", "aten.feature_dropout.default"
 )
 def identity(a: Tensor, x: Activation, *_: Any, **__: Any) -> Terms:
     return Terms([(x, a)])

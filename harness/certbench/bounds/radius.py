@@ -122,4 +122,5 @@ def _probe(lo: Tensor, f_lo: Tensor, hi: Tensor, f_hi: Tensor, tolerance: float,
     secant = lo + (hi - lo) * (f_lo / (f_lo - f_hi))
     secant = torch.where(secant.isfinite(), secant, middle)
     inset = 0.5 * tolerance
-    return secant.maximum(lo + inset).minimum(hi - inset)
+    # Just below the root, not on it: there the sign of the margin would be decided by the last bit of a sum.
+    return (secant - 0.5 * inset).maximum(lo + inset).minimum(hi - inset)
