@@ -266,8 +266,6 @@ def reshape(a: Tensor, x: Activation, *_: Any) -> Terms:
     return Terms([(x, a.reshape(*a.shape[:2], *x.shape[1:]))])
 
 
-@backward_rule(
-    *sorted(_SAME), "aten.dropout.default", "aten.dropout1d.default", "aten.feature_dropout.default"
-)
+@backward_rule(*sorted(_SAME), "aten.dropout.default", "aten.feature_dropout.default")
 def identity(a: Tensor, x: Activation, *_: Any, **__: Any) -> Terms:
     return Terms([(x, a)])

@@ -54,7 +54,7 @@ for _operation, _function in {**AVERAGES, **MOVES}.items():
     interval_rule(_operation)(partial(_alike, _function))
 
 
-@interval_rule("aten.dropout.default", "aten.dropout1d.default", "aten.feature_dropout.default")
+@interval_rule("aten.dropout.default", "aten.feature_dropout.default")
 def dropout(x: Box, probability: float, training: bool) -> Box:
     """Tracing is done in evaluation mode, where dropout is the identity."""
     if training and probability > 0:
