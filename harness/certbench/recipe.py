@@ -71,6 +71,16 @@ class Certify(Strict):
 
     certifier: str | None = None
     cap: Radius | None = None
+    guarantee: Literal["float_sound", "real_arith"] = "float_sound"
+    """Whether interval bounds cover the round-off of the deployed network, or speak of real arithmetic."""
+    deploy: Literal["float32", "float64", "tf32", "bf16", "fp16"] = "float32"
+    """The arithmetic that a float-sound certificate covers."""
+
+    @model_validator(mode="after")
+    def _deploy_needs_float_sound(self) -> Certify:
+        if self.guarantee == "real_arith" and self.deploy != "float32":
+            raise ValueError(f'deploy = "{self.deploy}" says nothing unless guarantee = "float_sound"')
+        return self
 
 
 class Reference(Strict):

@@ -22,7 +22,10 @@ class Certifier:
 
 CERTIFIERS = {
     ibp.NAME: Certifier(
-        ibp.NAME, "interval bounds, classification layer merged, float64", ibp.certify, ibp.SETTINGS
+        ibp.NAME,
+        "interval bounds, classification layer merged, float64, float-sound unless told otherwise",
+        ibp.certify,
+        ibp.SETTINGS,
     )
 }
 

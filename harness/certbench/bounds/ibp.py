@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from certbench.bounds.box import input_box
 from certbench.bounds.graph import Graph
+from certbench.bounds.precision import find_precision
 from certbench.bounds.radius import Bracket, MarginFunction, largest_proved_radius
+from certbench.bounds.sound import sound_margins
 from certbench.bounds.trace import trace
 from certbench.contract import Certificates, CertifyTask
 from certbench.data.dataset import to_pixels
 from certbench.errors import RunError
+from certbench.models.fold import deployed_network
+from certbench.models.kernels import plain_kernels
 from certbench.threat import round_down, round_up
 
 NAME = "ibp"
@@ -36,23 +40,72 @@ SETTINGS = {
 def certify(task: CertifyTask) -> Iterator[Certificates]:
     """Certificates of ``task.split`` in order, one batch of at most ``CHUNK`` images after the other.
 
-    The network is bounded in float64 around the float32 images that the deployed network sees, so the guarantee is
-    ``real_arith``. An image whose bounds are not finite gets the verdict ``error``.
+    The deployed network, batch norms folded, is bounded in float64 around the float32 images that it sees. With
+    ``certify.guarantee = "float_sound"`` the bounds cover the round-off of every evaluation at ``certify.deploy``, and
+    the prediction is that of one such evaluation; where a number may overflow, the verdict is ``unknown``. With
+    ``real_arith`` bounds and prediction speak of real arithmetic. An image whose logits, or in real arithmetic whose
+    bounds, are not finite gets the verdict ``error``.
 
     Raises:
-        RunError: the task holds no image, or the network has weights that are not finite.
+        RunError: the task holds no image, the network has weights that are not finite or of a wrong type, or an
+            evaluation contradicts a proof.
     """
     if not len(task.split):
         raise RunError("there is no image to certify")
-    network = copy.deepcopy(task.network).double().eval()
-    for name, tensor in network.state_dict().items():
+    for name, tensor in task.network.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise RunError(f"cannot certify: weight {name} holds NaN or infinity; train again")
-    first = to_pixels(task.split.images[:1], task.levels)
+    deployed = deployed_network(task.network)
+    network = copy.deepcopy(deployed).double()
+    first = to_pixels(task.split.images[:CHUNK], task.levels)
     graph = trace(network, tuple(first.shape[1:]))
+    evaluate = evaluation(task, deployed, graph)
     starts = range(0, len(task.split), CHUNK)
-    with _one_thread_each(task.device) as workers, torch.inference_mode():
-        yield from workers.map(lambda start: _certify_chunk(task, graph, start), starts)
+    with plain_kernels(), _one_thread_each(task.device) as workers, torch.inference_mode():
+        _check_folding(task.network, network, first.double())
+        yield from workers.map(lambda start: _certify_chunk(task, graph, evaluate, start), starts)
+
+
+def margin_bound(task: CertifyTask, graph: Graph) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Interval bounds under the task's guarantee: (images, one radius each, labels) -> (batch, classes - 1)."""
+    if task.recipe.certify.guarantee == "real_arith":
+        return lambda images, eps, labels: graph.bound(input_box(images, eps)).margins(labels)
+    precision = find_precision(task.recipe.certify.deploy)
+    return lambda images, eps, labels: sound_margins(graph, images, eps, labels, precision)
+
+
+def evaluation(task: CertifyTask, deployed: nn.Module, graph: Graph) -> Callable[[Tensor], Tensor]:
+    """The logits that predictions are made from, in float64, for images in float64.
+
+    Under a float-sound guarantee they come from the deployed network itself, in float32, which is one of the
+    evaluations admitted at every precision but float64.
+    """
+    settings = task.recipe.certify
+    if settings.guarantee == "real_arith" or settings.deploy == "float64":
+        return lambda images: graph.run(images).logits
+    for name, tensor in deployed.state_dict().items():
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise RunError(
+                f"cannot certify for {settings.deploy}: weight {name} is stored in {tensor.dtype}, not in float32"
+            )
+
+    def logits(images: Tensor) -> Tensor:
+        found: Tensor = deployed(images.float())
+        return found.double()
+
+    return logits
+
+
+def _check_folding(network: nn.Module, deployed: nn.Module, images: Tensor) -> None:
+    """
+    Raises:
+        RunError: the deployed network computes something else than the trained one.
+    """
+    trained, folded = copy.deepcopy(network).double().eval()(images), deployed(images)
+    if not torch.allclose(trained, folded, rtol=1e-3, atol=1e-3 * float(trained.abs().max())):
+        raise RunError(
+            f"folding batch norms changed what {type(network).__name__} computes; it cannot be certified"
+        )
 
 
 @contextmanager
@@ -67,29 +120,37 @@ def _one_thread_each(device: torch.device) -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(cores)
 
 
-def _certify_chunk(task: CertifyTask, graph: Graph, start: int) -> Certificates:
+def _certify_chunk(
+    task: CertifyTask, graph: Graph, evaluate: Callable[[Tensor], Tensor], start: int
+) -> Certificates:
     with torch.inference_mode():
         part = task.split.slice(start, start + CHUNK)
         images = to_pixels(part.images, task.levels, torch.float64)
-        return _decide(task, graph, images, part.labels, task.start + start)
+        return _decide(task, graph, evaluate(images), images, part.labels, task.start + start)
 
 
 def _decide(
-    task: CertifyTask, graph: Graph, images: Tensor, labels: Tensor, first_index: int
+    task: CertifyTask, graph: Graph, logits: Tensor, images: Tensor, labels: Tensor, first_index: int
 ) -> Certificates:
     """Verdict, margin and radius of one chunk; images (batch, channels, height, width) in float64."""
+    bound, guarantee = margin_bound(task, graph), task.recipe.certify.guarantee
 
     def margin(which: Tensor, eps: Tensor) -> Tensor:
         """Smallest margin bound of the images ``which`` at one radius each; NaN is kept, so it proves nothing."""
-        return graph.bound(input_box(images[which], eps)).margins(labels[which]).amin(1)
+        return bound(images[which], eps, labels[which]).amin(1)
 
-    logits = graph.run(images).logits
     prediction = logits.argmax(1)
     everything = torch.arange(len(labels), device=images.device)
     radius, cap = round_up(task.radius), round_up(task.cap)
     at_radius = margin(everything, torch.full_like(images[:, 0, 0, 0], radius))
     correct, proved = prediction == labels, at_radius > 0
-    broken = ~(at_radius.isfinite() & logits.isfinite().all(1))
+    broken = ~logits.isfinite().all(1)
+    if guarantee == "real_arith":
+        broken |= ~at_radius.isfinite()
+    elif (proved & ~correct).any():
+        raise RunError(
+            "a float-sound proof is contradicted by an evaluation of the network: a bound is wrong"
+        )
 
     searched = (correct & ~broken).nonzero().squeeze(1)
     radii = torch.zeros_like(at_radius)
@@ -108,10 +169,11 @@ def _decide(
         prediction=prediction.numpy(force=True),
         verdict=verdict,
         radius=radii.numpy(force=True),
-        margin=torch.where(broken, torch.nan, at_radius).numpy(force=True),
+        margin=torch.where(broken | ~at_radius.isfinite(), torch.nan, at_radius).numpy(force=True),
         proved_by=np.where((radii > 0).numpy(force=True), NAME, "").astype(object),
         passes=passes.numpy(force=True),
-        guarantee="real_arith",
+        guarantee=guarantee,
+        deploy=task.recipe.certify.deploy,
     )
 
 
