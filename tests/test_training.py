@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from certbench.contract import SilentReporter, TrainTask
 from certbench.data.dataset import Dataset
 from certbench.data.files import load_dataset
@@ -17,8 +20,6 @@ from certbench.recipe import Train, parse_recipe
 from certbench.training import Step, fit
 from certbench.training.checkpoint import load_latest
 from certbench.training.fit import learning_rate
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 class CrossEntropy:
@@ -147,7 +148,9 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_trained_over_it(
     assert "\n" not in str(caught.value)
 
 
-def test_a_crash_between_the_two_files_leaves_the_previous_checkpoint(digits: Dataset, tmp_path: Path) -> None:
+def test_a_crash_between_the_two_files_leaves_the_previous_checkpoint(
+    digits: Dataset, tmp_path: Path
+) -> None:
     fit(task(digits, tmp_path, epochs=1), CrossEntropy())
     (tmp_path / "epoch-0002.safetensors").write_bytes(b"half")
     saved = load_latest(tmp_path)
