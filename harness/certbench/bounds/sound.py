@@ -33,27 +33,6 @@ from certbench.bounds.specification import difference_rows
 from certbench.errors import UsageError
 from certbench.threat import round_up
 
-SoundRule = Callable[..., Box]
-SOUND_RULES: dict[str, SoundRule] = {}
-
-
-def sound_rule(*operations: str) -> Callable[[SoundRule], SoundRule]:
-    """Register a float-sound rule for operations by canonical name.
-
-    Raises:
-        UsageError: an operation already has one.
-    """
-
-    def register(rule: SoundRule) -> SoundRule:
-        for operation in operations:
-            if operation in SOUND_RULES:
-                raise UsageError(f"operation {operation} already has a float-sound rule")
-            SOUND_RULES[operation] = rule
-        return rule
-
-    return register
-
-
 # Rounding outward ----------------------------------------------------------------------------------------------------
 
 
@@ -132,6 +111,27 @@ def sound_input_box(images: Tensor, eps: Fraction | Tensor) -> SoundBox:
 
 
 # Propagation ---------------------------------------------------------------------------------------------------------
+
+
+SoundRule = Callable[..., SoundBox]
+SOUND_RULES: dict[str, SoundRule] = {}
+
+
+def sound_rule(*operations: str) -> Callable[[SoundRule], SoundRule]:
+    """Register a float-sound rule for operations by canonical name.
+
+    Raises:
+        UsageError: an operation already has one.
+    """
+
+    def register(rule: SoundRule) -> SoundRule:
+        for operation in operations:
+            if operation in SOUND_RULES:
+                raise UsageError(f"operation {operation} already has a float-sound rule")
+            SOUND_RULES[operation] = rule
+        return rule
+
+    return register
 
 
 class Deployment:
@@ -500,7 +500,7 @@ def leaky_relu(run: Deployment, x: Box, slope: float = 0.01) -> SoundBox:
         raise UsageError(f"leaky ReLU with the negative slope {slope} has no float-sound rule")
     p, x = run.precision, _sound(x)
     size = slope * x.magnitude
-    ends = x.ends(lambda end: F.leaky_relu(end, slope))
+    ends = _sound(x).ends(lambda end: F.leaky_relu(end, slope))
     flushed = 2 * p.flush * (slope + x.magnitude + 2)
     return run.widened(down(ends.lower), up(ends.upper), size, p.elementwise(2), flushed)
 
@@ -544,7 +544,7 @@ MOVES = frozenset(
 def _exact(operation: str) -> SoundRule:
     """The interval rule, which then is sound as it stands; outward rounding is in the box."""
     rule = INTERVAL_RULES[operation]
-    return lambda _run, *arguments, **options: rule(*arguments, **options)
+    return lambda _run, *arguments, **options: _sound(rule(*arguments, **options))
 
 
 for _operation in ("aten.relu.default", "aten.max_pool2d.default", "aten.dropout.default", *sorted(MOVES)):
