@@ -25,6 +25,7 @@ ALLOWED = {
     "bounds": CONTRACT | {"models", "data"},
     "training": CONTRACT | {"bounds", "data", "models"},
     "leaderboard": CONTRACT | {"results"},
+    "recorded": CONTRACT | {"run", "training", "bounds", "results"},
     "run": CONTRACT | {"training", "bounds", "models", "data", "results"},
 }
 """Room -> rooms it may import. ``contract`` names data types for annotations only."""

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from certbench import hookspecs
 from certbench.contract import Certificates, CertifyTask, MethodCard, TrainTask
 from certbench.errors import PluginError, RunError, UsageError, nearest
-from certbench.recipe import Recipe, explain, load_recipe
+from certbench.recipe import SOUND_CERTIFIERS, Recipe, explain, load_recipe
 
 if TYPE_CHECKING:
     import torch
@@ -165,9 +165,10 @@ class Plugins:
         settings = self.settings(recipe, where).model_dump(mode="json")
         content = recipe.canonical()
         content["method"] = {"name": recipe.method.name, **settings}
-        content["certify"]["certifier"] = (
-            recipe.certify.certifier or self.owner(recipe.method.name).card.certifier
-        )
+        certifier = recipe.certify.certifier or self.owner(recipe.method.name).card.certifier
+        content["certify"]["certifier"] = certifier
+        if recipe.certify.guarantee is None:
+            content["certify"]["guarantee"] = "float_sound" if certifier in SOUND_CERTIFIERS else "real_arith"
         return Recipe.model_validate(content)
 
     def settings(self, recipe: Recipe, where: str | None = None) -> Any:

@@ -36,6 +36,9 @@ certification in float64 in shards of fixed size. Rows of different protocols ne
 CORE_NUMERICS = 1
 """Raised when a change of the core moves numbers; part of every run id."""
 
+SOUND_CERTIFIERS = ("ibp",)
+"""Certifiers whose bounds can cover the round-off of the deployed network."""
+
 Radius = Annotated[Fraction, BeforeValidator(parse_radius), PlainSerializer(str, return_type=str)]
 
 
@@ -71,6 +74,17 @@ class Certify(Strict):
 
     certifier: str | None = None
     cap: Radius | None = None
+    guarantee: Literal["float_sound", "real_arith"] | None = None
+    """Whether bounds cover the round-off of the deployed network, or speak of real arithmetic; by default the former
+    where the certifier can (``SOUND_CERTIFIERS``)."""
+    deploy: Literal["float32", "float64", "tf32", "bf16", "fp16"] = "float32"
+    """The arithmetic that a float-sound certificate covers."""
+
+    @model_validator(mode="after")
+    def _deploy_needs_float_sound(self) -> Certify:
+        if self.guarantee == "real_arith" and self.deploy != "float32":
+            raise ValueError(f'deploy = "{self.deploy}" says nothing unless guarantee = "float_sound"')
+        return self
 
 
 class Reference(Strict):

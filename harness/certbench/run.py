@@ -25,6 +25,7 @@ from certbench.models import build_network
 from certbench.plugins import Owned, Plugins, installed
 from certbench.recipe import PROTOCOL, Recipe, run_id
 from certbench.results import provenance
+from certbench.results.files import write_atomically
 from certbench.results.store import ResultStore, certify_stage
 from certbench.seeding import derive_seed
 from certbench.training.checkpoint import save_network
@@ -116,12 +117,14 @@ class Run:
         device: torch.device,
         plugins: Plugins,
         reporter: Reporter,
+        identity: str | None = None,
     ) -> Run:
-        """Check everything that can be checked before any training starts."""
+        """Check everything that can be checked before any training starts; ``identity`` names a recorded run."""
         owned = plugins.owner(recipe.method.name)
-        certifier = find_certifier(recipe.certify.certifier or owned.card.certifier)
+        asked = recipe.certify
+        certifier = find_certifier(asked.certifier or owned.card.certifier, asked.guarantee, asked.deploy)
         dataset = load_dataset(recipe.dataset, Path(data) if data is not None else None)
-        identity = run_id(recipe, dataset.digest, owned.card.numerics)
+        identity = identity or run_id(recipe, dataset.digest, owned.card.numerics)
         folder = out / "runs" / identity
         make_writable(folder)
         store = ResultStore(out / "results")
@@ -131,15 +134,31 @@ class Run:
         settings_digest = digest_settings(self.certifier, self.recipe)
         if self.store.has_certificates(self.id, self.certifier.name, settings_digest):
             self.reporter.say(f"{self.recipe.name}: run {self.id} is already recorded")
-            return self._outcome()
+            return self.outcome()
         network = self.train()
-        certificates = self.certify(network)
+        self.record(self.certify(network))
+        return self.outcome()
+
+    def record(self, certificates: list[Certificates]) -> None:
+        """Write certificates, and beside the network in plain words what their settings digest stands for."""
+        settings_digest = digest_settings(self.certifier, self.recipe)
         columns = certificate_columns(self.dataset, certificates)
         self.store.write_certificates(self.id, self.certifier.name, settings_digest, columns)
-        return self._outcome()
+        stage = certify_stage(self.certifier.name, settings_digest)
+        settings = json.dumps(certify_settings(self.certifier, self.recipe), indent=1, sort_keys=True)
+        write_atomically(self.folder / f"{stage}.json", settings.encode())
 
     def train(self) -> nn.Module:
         """The trained network, with its row in ``runs`` and its weights in ``network.safetensors``."""
+        timer = Timer(self, "train")
+        network = self.trained()
+        if not self.store.has_run(self.id):
+            timer.record()
+        self.store.write_run(self._run_row(network))  # no change where the same network is recorded already
+        return network
+
+    def trained(self) -> nn.Module:
+        """The network in evaluation mode, from the plugin, which trains only what its checkpoints do not hold."""
         task = TrainTask(
             recipe=self.recipe,
             settings=self.plugins.settings(self.recipe),
@@ -149,14 +168,16 @@ class Run:
             build_network=self.build_network,
             reporter=self.reporter,
         )
-        timer = Timer(self, "train")
-        network = self._ask_plugin("train", lambda: self.plugins.train(task)).eval()
-        if not self.store.has_run(self.id):
-            timer.record()
-        self.store.write_run(self._run_row(network))  # no change where the same network is recorded already
-        return network
+        return self._ask_plugin("train", lambda: self.plugins.train(task)).eval()
 
     def certify(self, network: nn.Module) -> list[Certificates]:
+        """Certificates of the whole test set, in order, with the time they took."""
+        timer = Timer(self, certify_stage(self.certifier.name, digest_settings(self.certifier, self.recipe)))
+        found = self.certificates(network)
+        timer.record()
+        return found
+
+    def certificates(self, network: nn.Module) -> list[Certificates]:
         """Certificates of the whole test set, in order, by the plugin's own certifier or the core's."""
         total = len(self.dataset.test)
         self.reporter.stage("certify", total, "image")
@@ -171,10 +192,7 @@ class Run:
             cap=self.recipe.cap,
             device=self.device,
         )
-        timer = Timer(self, certify_stage(self.certifier.name, digest_settings(self.certifier, self.recipe)))
-        found = self._ask_plugin("certify", lambda: self._collect(task))
-        timer.record()
-        return found
+        return self._ask_plugin("certify", lambda: self._collect(task))
 
     def _collect(self, task: CertifyTask) -> list[Certificates]:
         own = self.plugins.certify(task)
@@ -230,7 +248,8 @@ class Run:
             "code_revision": provenance.code_revision(),
         }
 
-    def _outcome(self) -> RunOutcome:
+    def outcome(self) -> RunOutcome:
+        """What the store holds for this run and these settings."""
         settings_digest = digest_settings(self.certifier, self.recipe)
         rows = self.store.certificates(self.id, self.certifier.name, settings_digest).to_pandas()
         return RunOutcome(
@@ -283,9 +302,14 @@ def make_writable(folder: Path) -> None:
 
 
 def digest_settings(certifier: Certifier, recipe: Recipe) -> str:
-    """Names what a certifier's rows depend on besides the network: its settings, the radius and the cap."""
-    content = {**certifier.settings, "radius": str(recipe.threat.radius), "cap": str(recipe.cap)}
+    """Names what a certifier's rows depend on besides the network; see :func:`certify_settings`."""
+    content = certify_settings(certifier, recipe)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def certify_settings(certifier: Certifier, recipe: Recipe) -> dict[str, Any]:
+    """The certifier's settings, its guarantee included, the radius and the cap."""
+    return {**certifier.settings, "radius": str(recipe.threat.radius), "cap": str(recipe.cap)}
 
 
 def certificate_columns(dataset: Dataset, parts: list[Certificates]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -63,14 +64,14 @@ class Box:
         assert known is not None  # one pair is always there
         return known.shape
 
-    def ends(self, function: Map) -> Box:
+    def ends(self, function: Map) -> Self:
         """The image under a non-decreasing elementwise map, or any map that acts on both ends alike."""
-        return Box(lower=function(self.lower), upper=function(self.upper))
+        return type(self)(lower=function(self.lower), upper=function(self.upper))
 
-    def both(self, function: Map) -> Box:
+    def both(self, function: Map) -> Self:
         """The image under a map that only moves entries around, such as a reshape."""
         if self._center is not None and self._radius is not None:
-            return Box(center=function(self._center), radius=function(self._radius))
+            return type(self)(center=function(self._center), radius=function(self._radius))
         return self.ends(function)
 
 

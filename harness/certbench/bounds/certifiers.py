@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from certbench.bounds.alpha import LEARNING_RATE, STEPS, alpha_crown_margins
@@ -13,9 +14,13 @@ from certbench.bounds.box import Box, input_box
 from certbench.bounds.decide import Bound, certify
 from certbench.bounds.graph import Graph
 from certbench.bounds.linear import crown_ibp_margins, crown_margins
+from certbench.bounds.precision import find_precision
 from certbench.bounds.radius import GRID
+from certbench.bounds.sound import sound_margins
 from certbench.contract import Certificates, CertifyTask
 from certbench.errors import UsageError, nearest
+from certbench.models.kernels import SWITCHES
+from certbench.recipe import SOUND_CERTIFIERS
 
 
 def _interval(graph: Graph, images: Tensor, eps: Tensor, labels: Tensor) -> Tensor:
@@ -73,13 +78,18 @@ def _certifier(bounds: Sequence[Bound]) -> Certifier:
 
 
 CERTIFIERS = {name: _certifier([bound]) for name, bound in BOUNDS.items()}
+"""Every bound by itself, as it speaks of real arithmetic; for listings."""
 
 
-def find_certifier(name: str) -> Certifier:
+def find_certifier(name: str, guarantee: str | None = None, deploy: str = "float32") -> Certifier:
     """The certifier of one bound, or of a cascade written ``cheap>expensive``.
 
+    Args:
+        guarantee: ``real_arith``, or ``float_sound``: every floating-point evaluation at ``deploy`` is covered.
+
     Raises:
-        UsageError: unknown name, which gets the nearest known one, or a name twice in a cascade.
+        UsageError: unknown name, which gets the nearest known one; a name twice in a cascade; or a bound that has no
+            float-sound form.
     """
     names = [part.strip() for part in name.split(">")]
     for part in names:
@@ -87,7 +97,24 @@ def find_certifier(name: str) -> Certifier:
             raise UsageError(f"unknown certifier {part!r}{_of(name, names)}; {nearest(part, BOUNDS)}")
     if len(set(names)) < len(names):
         raise UsageError(f"certifier {name!r} names a bound twice; the second would find nothing new")
-    return _certifier([BOUNDS[part] for part in names])
+    bounds = [BOUNDS[part] for part in names]
+    return _certifier([_sound(bound, deploy) for bound in bounds] if guarantee == "float_sound" else bounds)
+
+
+def _sound(bound: Bound, deploy: str) -> Bound:
+    if bound.name not in SOUND_CERTIFIERS:
+        raise UsageError(
+            f'certifier {bound.name!r} has no float-sound form; set certify.guarantee = "real_arith", or use '
+            f"{', '.join(SOUND_CERTIFIERS)}"
+        )
+    precision = find_precision(deploy)
+
+    def margins(graph: Graph, images: Tensor, eps: Tensor, labels: Tensor) -> Tensor:
+        found = sound_margins(graph, images, eps, labels, precision)
+        return torch.where(found.isnan(), -torch.inf, found)  # a number may overflow: nothing is proved
+
+    settings = {**bound.settings, "deploy": deploy, "kernels": SWITCHES}
+    return replace(bound, margins=margins, settings=settings, guarantee="float_sound", deploy=deploy)
 
 
 def _of(name: str, names: list[str]) -> str:

@@ -25,9 +25,13 @@ from certbench.bounds.trace import trace
 from certbench.contract import Certificates, CertifyTask, Guarantee
 from certbench.data.dataset import to_pixels
 from certbench.errors import RunError
+from certbench.models.fold import deployed_network
+from certbench.models.kernels import plain_kernels
 from certbench.threat import round_down, round_up
 
 log = logging.getLogger(__name__)
+_PROBE = 250
+"""Images on which the folded network is compared with the trained one."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Bound:
         chunk: images per pass. Part of the protocol: the shape of a batch decides the last bits of its results.
         tolerance: width of the final bracket of a radius, as a share of the cap.
         settings: whatever else its results depend on.
-        guarantee: what a positive margin proves.
+        guarantee: what a positive margin proves; ``deploy``: for which arithmetic, where it is ``float_sound``.
     """
 
     name: str
@@ -52,43 +56,54 @@ class Bound:
     tolerance: float
     settings: Mapping[str, object] = field(default_factory=dict)
     guarantee: Guarantee = "real_arith"
+    deploy: str = "float32"
 
     def describe(self) -> dict[str, object]:
         """All that results depend on, for the digest of a row's settings."""
-        return {"bound": self.name, "tolerance": self.tolerance, "monotone": self.monotone, **self.settings}
+        return {
+            "bound": self.name,
+            "tolerance": self.tolerance,
+            "monotone": self.monotone,
+            "guarantee": self.guarantee,
+            **self.settings,
+        }
 
 
 def certify(bounds: Sequence[Bound], task: CertifyTask) -> Iterator[Certificates]:
     """Certificates of ``task.split`` in order, in batches.
 
-    The network is bounded in float64 around the float32 images that the deployed network sees. An image outside
-    [0, 1], with a label out of range, or with bounds that are not finite gets the verdict ``error``. Where memory runs
+    What is bounded, in float64 and around the float32 images that it sees, is the deployed network: batch norms folded.
+    Under ``float_sound`` bounds the prediction is that of the deployed network in its own float32, otherwise that of
+    real arithmetic (float64). An image outside [0, 1], with a label out of range, or with bounds that are not finite gets the verdict ``error``. Where memory runs
     out, the batch is halved and the log says so; a single image that does not fit gets the verdict ``error``.
 
     Raises:
-        RunError: the task holds no image; the network is in training mode, has weights that are not finite, or does
-            not return logits of shape (batch, classes).
+        RunError: the task holds no image; the network is in training mode, has weights that are not finite or of a
+            wrong type, or does not return logits of shape (batch, classes); an evaluation contradicts a proof.
         UsageError: the network cannot be traced, or an operation has no rule.
     """
     if not len(task.split):
         raise RunError("there is no image to certify")
-    network = checked_network(task.network)
-    first = to_pixels(task.split.images[:1], task.levels)
+    check_network(task.network)
+    deployed = deployed_network(task.network)
+    network = copy.deepcopy(deployed).double().requires_grad_(False)
+    first = to_pixels(task.split.images[:_PROBE], task.levels)
+    _check_folding(task.network, network, first.double())
     graph = trace(network, tuple(first.shape[1:]))
+    evaluate = _evaluation(bounds, deployed, graph)
     size = min(bound.chunk for bound in bounds)
     ranges = [(start, min(start + size, len(task.split))) for start in range(0, len(task.split), size)]
 
     def chunk(start: int, stop: int) -> _Chunk:
-        return _Chunk(bounds, task, graph, start, stop)
+        return _Chunk(bounds, task, graph, evaluate, start, stop)
 
-    with _one_thread_each(task.device) as workers:
+    with plain_kernels(), _one_thread_each(task.device) as workers:
         for parts in workers.map(lambda ends: _in_halves(chunk, *ends), ranges):
             yield from parts
 
 
-def checked_network(network: nn.Module) -> nn.Module:
-    """A float64 copy of a network that can be certified.
-
+def check_network(network: nn.Module) -> None:
+    """
     Raises:
         RunError: it is in training mode, or has weights that are not finite.
     """
@@ -98,7 +113,47 @@ def checked_network(network: nn.Module) -> nn.Module:
     for name, tensor in network.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise RunError(f"cannot certify: weight {name} holds NaN or infinity; train again")
-    return copy.deepcopy(network).double().requires_grad_(False)
+
+
+def _check_folding(network: nn.Module, deployed: nn.Module, images: Tensor) -> None:
+    """
+    Raises:
+        RunError: the deployed network computes something else than the trained one.
+    """
+    with torch.no_grad():
+        trained, folded = copy.deepcopy(network).double()(images), deployed(images)
+    if not torch.allclose(trained, folded, rtol=1e-3, atol=1e-3 * float(trained.abs().max()), equal_nan=True):
+        raise RunError(
+            f"folding batch norms changed what {type(network).__name__} computes; it cannot be certified"
+        )
+
+
+def _evaluation(bounds: Sequence[Bound], deployed: nn.Module, graph: Graph) -> Callable[[Tensor], Tensor]:
+    """The logits that predictions are made from, in float64, for images in float64.
+
+    Under a float-sound guarantee they come from the deployed network itself, in float32, which is one of the
+    evaluations admitted at every precision but float64.
+
+    Raises:
+        RunError: weights that are deployed in float32 are stored in another type.
+    """
+    if not _all_sound(bounds) or any(bound.deploy == "float64" for bound in bounds):
+        return lambda images: graph.run(images).logits
+    for name, tensor in deployed.state_dict().items():
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise RunError(
+                f"cannot certify for {bounds[0].deploy}: weight {name} is stored in {tensor.dtype}, not in float32"
+            )
+
+    def logits(images: Tensor) -> Tensor:
+        found: Tensor = deployed(images.float())
+        return found.double()
+
+    return logits
+
+
+def _all_sound(bounds: Sequence[Bound]) -> bool:
+    return all(bound.guarantee == "float_sound" for bound in bounds)
 
 
 @contextmanager
@@ -148,9 +203,16 @@ class _Chunk:
     """
 
     def __init__(
-        self, bounds: Sequence[Bound], task: CertifyTask, graph: Graph, start: int, stop: int
+        self,
+        bounds: Sequence[Bound],
+        task: CertifyTask,
+        graph: Graph,
+        evaluate: Callable[[Tensor], Tensor],
+        start: int,
+        stop: int,
     ) -> None:
         self.bounds, self.task, self.graph, self.first = bounds, task, graph, task.start + start
+        self.evaluate = evaluate
         part = task.split.slice(start, stop)
         images = to_pixels(part.images, task.levels, torch.float64)
         valid = ((images >= 0) & (images <= 1)).flatten(1).all(1)
@@ -182,7 +244,7 @@ class _Chunk:
 
     def _logits(self) -> Tensor:
         with torch.no_grad():
-            logits = self.graph.run(self.images).logits
+            logits = self.evaluate(self.images)
         if logits.ndim != 2 or len(logits) != len(self.images) or logits.shape[1] < 2:
             raise RunError(
                 f"{type(self.task.network).__name__} returns shape {tuple(logits.shape)} for {len(self.images)} "
@@ -209,12 +271,15 @@ class _Chunk:
             radius = round_up(self.task.radius)
             found = self._margins(k)(which, torch.full_like(self.margin[which], radius))
             self.passes[which] += 1
-            sound = (
-                self.bounds[k].guarantee == "float_sound"
-            )  # where a number may overflow, such a bound is -inf
-            self.broken[which] = found.isnan() if sound else ~found.isfinite()
+            sound = self.bounds[k].guarantee == "float_sound"  # where a number may overflow, it is -inf
+            if not sound:
+                self.broken[which] = ~found.isfinite()
             self.margin[which] = self.margin[which].maximum(found)
             result[which] = found
+            if sound and ((found > 0) & ~self.correct[which]).any():
+                raise RunError(
+                    "a float-sound proof is contradicted by an evaluation of the network: a bound is wrong"
+                )
             proved = which[(found > 0) & self.correct[which]]
             self.verdict_by[proved] = self.radius_by[proved] = k
             self.radius[proved] = radius
@@ -269,7 +334,8 @@ class _Chunk:
             margin=torch.where(self.broken | self.margin.isinf(), torch.nan, self.margin).numpy(force=True),
             proved_by=np.array([self._proved_by(i) for i in range(len(self.labels))], dtype=object),
             passes=self.passes.numpy(force=True),
-            guarantee=self._guarantee(),
+            guarantee="float_sound" if _all_sound(self.bounds) else "real_arith",  # a cascade's weakest
+            deploy=self.bounds[0].deploy,
         )
 
     def _proved_by(self, i: int) -> str:
@@ -278,7 +344,3 @@ class _Chunk:
         verdict, radius = (int(by[i]) for by in (self.verdict_by, self.radius_by))
         name = self.bounds[radius].name
         return name if verdict in (-1, radius) else f"{self.bounds[verdict].name}; radius {name}"
-
-    def _guarantee(self) -> Guarantee:
-        """A cascade promises no more than its weakest bound."""
-        return "float_sound" if all(b.guarantee == "float_sound" for b in self.bounds) else "real_arith"

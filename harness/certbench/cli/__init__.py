@@ -14,6 +14,7 @@ from certbench.errors import CertbenchError
 COMMANDS = {
     "quickstart": "Train, certify and rank every method on the built-in digits.",
     "run": "Run recipes or suites: train, certify, record, rank.",
+    "certify": "Certify finished runs again with other settings; nothing is trained.",
     "leaderboard": "Derive the leaderboards from their rows, check or show them.",
     "list": "List methods, recipes, suites, data sets, models, certifiers or plugins.",
     "data": "Look for data sets, fetch them, and check them.",

@@ -72,7 +72,7 @@ def _measured(row: Row) -> list[str]:
         f"{row.recipe} ({row.variant})" if row.variant else row.recipe,
         row.model,
         row.certifier,
-        row.guarantee,
+        row.guarantee if row.deploy == "float32" else f"{row.guarantee} ({row.deploy})",
         str(len(row.seeds)),
         str(row.images) if row.complete else f"{row.images} of {row.expected}",
         _percent(row.clean),

@@ -1,0 +1,101 @@
+"""``certbench certify``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from certbench.cli.progress import reporter
+from certbench.errors import CertbenchError
+
+EXIT_RUN_FAILED = 3
+
+
+@click.command(name="certify", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.option("--certifier", default=None, metavar="NAME", help="In place of the recipe's.")
+@click.option(
+    "--guarantee",
+    type=click.Choice(["float_sound", "real_arith"]),
+    default=None,
+    help="What interval bounds prove: the deployed floating-point network, or real arithmetic.",
+)
+@click.option(
+    "--deploy",
+    type=click.Choice(["float32", "float64", "tf32", "bf16", "fp16"]),
+    default=None,
+    help="The arithmetic that a float-sound certificate covers.",
+)
+@click.option(
+    "--radius",
+    default=None,
+    metavar="R",
+    help="Ask at this radius instead; shown, not recorded in the tables.",
+)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--data", default=None, metavar="DIR", help="Folder of the data sets [default: $CERTBENCH_DATA]."
+)
+@click.option("--out", default="certbench-out", show_default=True, metavar="DIR", help="Where the runs are.")
+def command(
+    runs: tuple[str, ...],
+    certifier: str | None,
+    guarantee: str | None,
+    deploy: str | None,
+    radius: str | None,
+    device: str,
+    data: str | None,
+    out: str,
+) -> None:
+    """Certify finished runs again with other settings; nothing is trained.
+
+    RUN is a run's id or the beginning of one. The new rows stand beside the old ones under a settings digest of their
+    own. A table is about its recipe's radius, so the answer at another --radius is shown and not recorded.
+
+    \b
+    Example:
+      certbench certify 7e2f --guarantee real_arith
+      certbench certify 7e2f --deploy bf16
+      certbench leaderboard show
+    """
+    changes = {"certifier": certifier, "guarantee": guarantee, "deploy": deploy}
+    if guarantee == "real_arith" and deploy is None:
+        changes["deploy"] = "float32"
+    chosen = {key: value for key, value in changes.items() if value is not None}
+    failed = [prefix for prefix in runs if not _certify_one(prefix, chosen, radius, device, data, out)]
+    if len(failed) < len(runs) and radius is None:
+        from certbench.leaderboard.build import write
+
+        write(Path(out))
+    if failed:
+        click.echo(f"certbench: {len(failed)} of {len(runs)} runs failed: {', '.join(failed)}", err=True)
+        sys.exit(EXIT_RUN_FAILED)
+
+
+def _certify_one(
+    prefix: str, changes: dict[str, str], radius: str | None, device: str, data: str | None, out: str
+) -> bool:
+    """Certify one run and show its counts; an explained failure is one line and does not stop the others."""
+    from certbench.recorded import certify_again
+    from certbench.threat import format_radius
+
+    try:
+        with reporter(f"certify {prefix}") as progress:
+            found = certify_again(
+                prefix, changes, radius, out=out, data=data, device=device, reporter=progress
+            )
+    except CertbenchError as error:
+        if error.exit_code == 2:
+            raise
+        click.echo(f"certbench: {error}", err=True)
+        return False
+    asked = found.recipe.certify
+    kind = f"{asked.guarantee} for {asked.deploy}" if asked.guarantee == "float_sound" else asked.guarantee
+    click.echo(
+        f"{found.recipe.name} seed {found.recipe.seed}: clean {100 * found.clean_accuracy:.2f}%, certified "
+        f"{100 * found.certified_accuracy:.2f}% at {format_radius(found.recipe.threat.radius)} "
+        f"({asked.certifier}, {kind}; run {found.run_id})"
+    )
+    return True

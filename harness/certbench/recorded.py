@@ -1,0 +1,136 @@
+"""A finished run, found again by its id: its recipe, its data and its network, without training."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from certbench.bounds.certifiers import find_certifier
+from certbench.contract import Reporter, SilentReporter
+from certbench.errors import RunError, UsageError, nearest
+from certbench.plugins import Plugins, installed
+from certbench.recipe import validate
+from certbench.results.store import ResultStore
+from certbench.run import Run, RunOutcome, choose_device, digest_settings
+from certbench.training.checkpoint import load_latest, save_network
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A run as it was recorded. ``run`` holds the recipe that trained ``network``, under the recorded id."""
+
+    run: Run
+    network: nn.Module
+    row: Mapping[str, Any]
+
+
+def find_run(prefix: str, out: Path) -> dict[str, Any]:
+    """The row in ``runs`` whose id begins with ``prefix``.
+
+    Raises:
+        UsageError: none does, or several do.
+    """
+    rows = {row["run_id"]: row for row in ResultStore(out / "results").read("runs").to_pylist()}
+    found = [identity for identity in rows if prefix and identity.startswith(prefix)]
+    if not found:
+        raise UsageError(f"no run in {out} has an id that begins with {prefix!r}; {nearest(prefix, rows)}")
+    if len(found) > 1:
+        raise UsageError(f"{len(found)} runs in {out} begin with {prefix!r}: {', '.join(found)}")
+    row: dict[str, Any] = rows[found[0]]
+    return row
+
+
+def load_run(
+    prefix: str,
+    out: str | Path = "certbench-out",
+    data: str | Path | None = None,
+    device: str = "auto",
+    plugins: Plugins | None = None,
+    reporter: Reporter | None = None,
+) -> Recorded:
+    """The finished run of ``out`` whose id begins with ``prefix``, its network loaded and compared with the record.
+
+    Raises:
+        UsageError: no such run, or several.
+        RunError: its checkpoint is gone, unfinished, damaged, or not the network that was recorded.
+    """
+    out, plugins = Path(out), plugins or installed()
+    row = find_run(prefix, out)
+    identity = row["run_id"]
+    recipe = plugins.resolve(validate(json.loads(row["recipe"]), f"run {identity}"))
+    run = Run.prepare(
+        recipe, out, data, choose_device(device), plugins, reporter or SilentReporter(), identity=identity
+    )
+    if run.dataset.digest != row["dataset_digest"]:
+        raise RunError(f"run {identity} was made on another version of {recipe.dataset}")
+    checkpoint = load_latest(run.folder)
+    if checkpoint is None or checkpoint.epoch < recipe.train.epochs:
+        raise RunError(f"run {identity} has no finished checkpoint in {run.folder}; run its recipe again")
+    network = run.trained()
+    if _digest(network) != row["checkpoint_digest"]:
+        raise RunError(
+            f"the checkpoint in {run.folder} is not the network that run {identity} was recorded with"
+        )
+    return Recorded(run, network, row)
+
+
+def _digest(network: nn.Module) -> str:
+    """The digest that the network's file would have."""
+    with tempfile.TemporaryDirectory() as folder:
+        return save_network(Path(folder) / "network.safetensors", network)
+
+
+def certify_again(
+    prefix: str,
+    changes: Mapping[str, str],
+    radius: str | None = None,
+    *,
+    out: str | Path = "certbench-out",
+    data: str | Path | None = None,
+    device: str = "auto",
+    plugins: Plugins | None = None,
+    reporter: Reporter | None = None,
+) -> RunOutcome:
+    """Certify a finished run with ``changes`` of its ``[certify]`` table; rows join the store.
+
+    Rows are about the recipe's radius. Where another ``radius`` is asked for, nothing is recorded, and the outcome
+    holds the figures at that radius.
+
+    Raises:
+        CertbenchError: anything that went wrong, in one line.
+    """
+    recorded = load_run(prefix, out, data, device, plugins, reporter)
+    run = recorded.run
+    content = run.recipe.canonical()
+    content["certify"] |= changes
+    if radius is not None:
+        content["threat"]["radius"] = radius
+        content["certify"]["cap"] = None
+    if "certifier" in changes and "guarantee" not in changes:
+        content["certify"]["guarantee"] = None  # what the other certifier can
+    recipe = run.plugins.resolve(validate(content, run.recipe.name))
+    asked = recipe.certify
+    certifier = find_certifier(str(asked.certifier), asked.guarantee, asked.deploy)
+    run = replace(run, recipe=recipe, certifier=certifier)
+    if radius is None:
+        if not run.store.has_certificates(run.id, run.certifier.name, digest_settings(run.certifier, recipe)):
+            run.record(run.certify(recorded.network))
+        return run.outcome()
+    parts = run.certificates(recorded.network)
+    prediction = np.concatenate([part.prediction for part in parts])
+    verdict = np.concatenate([part.verdict for part in parts])
+    return RunOutcome(
+        run.id,
+        recipe,
+        run.folder,
+        run.store.folder,
+        clean_accuracy=float((prediction == run.dataset.test.labels.numpy()).mean()),
+        certified_accuracy=float((verdict == "certified").mean()),
+    )
