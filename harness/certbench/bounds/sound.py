@@ -279,6 +279,7 @@ class Layer:
         fixed = torch.full_like(small, (2 * self.n + 2) * p.sum_flush)
         if self.bias is not None:
             fixed = fixed + torch.where(self.bias.abs() < p.flush, self.bias.abs(), 0.0)
+            fixed = fixed + (p.flush if p.storage else 0.0)  # the product, stored before its bias
         own = (4 * self.n + 8) * p.unit_flush
         return (1 + relative) * (small * (largest[:, None] + p.flush) + fixed) + own
 

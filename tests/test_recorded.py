@@ -1,0 +1,63 @@
+"""Finished runs, found again and certified with other settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from certbench.cli import main
+from certbench.errors import RunError, UsageError
+from certbench.plugins import installed
+from certbench.recorded import certify_again, load_run
+from certbench.results.store import ResultStore
+from certbench.run import RunOutcome, run_recipe
+
+pytestmark = pytest.mark.skipif(
+    "fast-ibp" not in installed().methods(), reason="certbench-fast-ibp is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunOutcome]:
+    out = tmp_path_factory.mktemp("out")
+    overrides = ["train.epochs=1", "method.ramp_epochs=1", "certify.cap=0.1"]
+    return out, run_recipe("fast-ibp/digits-linf-0.1", out=out, device="cpu", overrides=overrides)
+
+
+def test_other_settings_add_rows_and_train_nothing(finished: tuple[Path, RunOutcome]) -> None:
+    out, outcome = finished
+    before = sorted(outcome.folder.glob("*.safetensors"))
+    changed = [p.stat().st_mtime_ns for p in before]
+    certify_again(outcome.run_id[:6], {"deploy": "bf16"}, out=out, device="cpu")
+    certify_again(outcome.run_id, {"guarantee": "real_arith"}, out=out, device="cpu")
+    rows = ResultStore(out / "results").read("certificates").to_pandas()
+    kinds = rows[["settings_digest", "guarantee", "deploy"]].drop_duplicates()
+    assert sorted(zip(kinds["guarantee"], kinds["deploy"], strict=True)) == [
+        ("float_sound", "bf16"),
+        ("float_sound", "float32"),
+        ("real_arith", "float32"),
+    ]
+    assert kinds["settings_digest"].is_unique
+    assert [p.stat().st_mtime_ns for p in before] == changed
+    settings = sorted(outcome.folder.glob("certify-ibp-*.json"))
+    assert len(settings) == 3
+    with pytest.raises(SystemExit) as caught:
+        main(["certify", outcome.run_id, "--radius", "0.001", "--out", str(out), "--device", "cpu"])
+    assert not caught.value.code
+    assert len(ResultStore(out / "results").paths("certificates")) == 3, (
+        "another radius is shown, not recorded"
+    )
+
+
+def test_a_run_that_is_not_there_or_not_finished_is_refused(finished: tuple[Path, RunOutcome]) -> None:
+    out, outcome = finished
+    with pytest.raises(UsageError, match="no run in"):
+        load_run("zz", out)
+    sidecar = next(outcome.folder.glob("epoch-*.json"))
+    sidecar.rename(sidecar.with_suffix(".away"))
+    try:
+        with pytest.raises(RunError, match="no finished checkpoint"):
+            load_run(outcome.run_id, out, device="cpu")
+    finally:
+        sidecar.with_suffix(".away").rename(sidecar)
