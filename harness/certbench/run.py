@@ -1,4 +1,4 @@
-"""One run, from a recipe to rows: load, train, certify, record."""
+"""One run, from a recipe to rows: load, train, certify, audit, record."""
 
 from __future__ import annotations
 
@@ -16,25 +16,33 @@ import numpy as np
 import torch
 from torch import nn
 
+from certbench.audit.certificates import Audit, AuditTask, audit
+from certbench.audit.registry import DEFAULT, Attack, find_attack
 from certbench.bounds.certifiers import Certifier, find_certifier
 from certbench.contract import Certificates, CertifyTask, Reporter, SilentReporter, TrainTask
 from certbench.data.dataset import Dataset, image_digests
 from certbench.data.files import load_dataset
-from certbench.errors import CertbenchError, RunError, UsageError
+from certbench.errors import CertbenchError, RunError, UsageError, nearest
 from certbench.models import build_network
 from certbench.plugins import Owned, Plugins, installed
 from certbench.recipe import PROTOCOL, Recipe, run_id
 from certbench.results import provenance
-from certbench.results.store import ResultStore, certify_stage
+from certbench.results.store import ResultStore, audit_stage, certify_stage
 from certbench.seeding import derive_seed
 from certbench.training.checkpoint import save_network
 
 T = TypeVar("T")
 
+NETWORK = "network.safetensors"
+"""The file of a run that holds the trained network alone."""
+
 
 @dataclass(frozen=True)
 class RunOutcome:
-    """What a run left behind: its id, the folder of its checkpoints, the store of its rows, and its two headlines."""
+    """What a run left behind: its id, the folder of its checkpoints, the store of its rows, and its headlines.
+
+    ``refuted`` counts images whose certificate any recorded attack refuted; it is None where none was audited.
+    """
 
     run_id: str
     recipe: Recipe
@@ -42,6 +50,7 @@ class RunOutcome:
     store: Path
     clean_accuracy: float
     certified_accuracy: float
+    refuted: int | None = None
 
 
 def run_recipe(
@@ -52,10 +61,11 @@ def run_recipe(
     device: str = "auto",
     seed: int | None = None,
     overrides: Iterable[str] = (),
+    attack: str | None = DEFAULT,
     reporter: Reporter | None = None,
     plugins: Plugins | None = None,
 ) -> RunOutcome:
-    """Train, certify and record one recipe; what a former call has finished is not done again.
+    """Train, certify, audit and record one recipe; what a former call has finished is not done again.
 
     Args:
         recipe: a recipe's name, a TOML file, or a resolved recipe.
@@ -64,6 +74,7 @@ def run_recipe(
         device: ``auto``, ``cpu`` or ``cuda``.
         seed: in place of the recipe's.
         overrides: ``key=value`` settings in place of the recipe's.
+        attack: what the certificates are audited with; None leaves them unaudited.
 
     Raises:
         CertbenchError: anything that went wrong, in one line. What was recorded before stays.
@@ -73,8 +84,48 @@ def run_recipe(
         recipe = plugins.find_recipe(str(recipe), overrides)
     if seed is not None:
         recipe = recipe.with_seed(seed)
+    chosen = find_attack(attack) if attack is not None else None
     run = Run.prepare(recipe, Path(out), data, choose_device(device), plugins, reporter or SilentReporter())
-    return run.execute()
+    return run.execute(chosen)
+
+
+def audit_run(
+    run_id: str,
+    *,
+    attack: str = DEFAULT,
+    out: str | Path = "certbench-out",
+    data: str | Path | None = None,
+    device: str = "auto",
+    reporter: Reporter | None = None,
+    plugins: Plugins | None = None,
+) -> RunOutcome:
+    """Attack the certificates of a recorded run; ``run_id`` may be cut short while it stays unique.
+
+    Raises:
+        CertbenchError: no such run in ``out``, its checkpoints are gone, or anything else, in one line.
+    """
+    plugins = plugins or installed()
+    chosen = find_attack(attack)
+    store = ResultStore(Path(out) / "results")
+    recipe = Recipe.model_validate_json(store.run(find_run(store, run_id))["recipe"])
+    run = Run.prepare(recipe, Path(out), data, choose_device(device), plugins, reporter or SilentReporter())
+    run.reporter.say(f"{recipe.name}: run {run.id}")
+    return run.audit_again(chosen)
+
+
+def find_run(store: ResultStore, prefix: str) -> str:
+    """The full id of the one recorded run whose id begins so.
+
+    Raises:
+        UsageError: there is none, or there are several.
+    """
+    known = [path.stem for path in store.paths("runs")]
+    found = [name for name in known if prefix and name.startswith(prefix)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UsageError(f"run {prefix!r} is not unique in {store.folder}: {', '.join(found)}")
+    raise UsageError(f"no run {prefix!r} in {store.folder}; {nearest(prefix, known)}")
 
 
 def choose_device(name: str) -> torch.device:
@@ -127,15 +178,42 @@ class Run:
         store = ResultStore(out / "results")
         return cls(recipe, owned, plugins, dataset, certifier, device, identity, folder, store, reporter)
 
-    def execute(self) -> RunOutcome:
-        settings_digest = digest_settings(self.certifier, self.recipe)
-        if self.store.has_certificates(self.id, self.certifier.name, settings_digest):
+    def execute(self, attack: Attack | None) -> RunOutcome:
+        certified = self.store.has_certificates(*self._certificates)
+        if certified and self._is_audited(attack):
             self.reporter.say(f"{self.recipe.name}: run {self.id} is already recorded")
             return self._outcome()
+        if certified and not self._has_network:
+            self.reporter.say(
+                f"{self.recipe.name}: run {self.id} is recorded; not audited, its checkpoints are gone"
+            )
+            return self._outcome()
         network = self.train()
-        certificates = self.certify(network)
-        columns = certificate_columns(self.dataset, certificates)
-        self.store.write_certificates(self.id, self.certifier.name, settings_digest, columns)
+        if not certified:
+            columns = certificate_columns(self.dataset, self.certify(network))
+            self.store.write_certificates(*self._certificates, columns)
+        if attack is not None:
+            self.audit(network, attack)
+        return self._outcome()
+
+    def audit_again(self, attack: Attack) -> RunOutcome:
+        """
+        Raises:
+            RunError: the run is not the recorded one any more, or it left no network behind.
+        """
+        if not self.store.has_certificates(*self._certificates):
+            raise RunError(
+                f"run {self.id} has no certificates by {self.certifier.name} in {self.store.folder} under the installed "
+                f"version of {self.owned.plugin.distribution}; `certbench run` makes them"
+            )
+        if self._is_audited(attack):
+            self.reporter.say(f"{self.recipe.name}: run {self.id} is already audited with {attack.name}")
+        elif not self._has_network:
+            raise RunError(
+                f"run {self.id}: its checkpoints are not in {self.folder}, so there is nothing to attack"
+            )
+        else:
+            self.audit(self.train(), attack)  # which finds training finished and returns the network
         return self._outcome()
 
     def train(self) -> nn.Module:
@@ -175,6 +253,59 @@ class Run:
         found = self._ask_plugin("certify", lambda: self._collect(task))
         timer.record()
         return found
+
+    def audit(self, network: nn.Module, attack: Attack) -> None:
+        """Attack every correct image at the recipe's radius and every certificate at its own; rows are added."""
+        rows = self.store.certificates(*self._certificates).to_pandas()
+        guarantee = rows["guarantee"].iloc[0]
+        if guarantee == "statistical" or not (rows["prediction"] == rows["label"]).any():
+            self.reporter.say(
+                f"{self.recipe.name}: nothing to audit: no correct image has a deterministic certificate"
+            )
+            return
+        task = AuditTask(
+            network=network,
+            split=self.dataset.test,
+            levels=self.dataset.info.levels,
+            index=rows["index"].to_numpy(),
+            prediction=rows["prediction"].fillna(-1).to_numpy(),
+            verdict=rows["verdict"].to_numpy(),
+            radius=rows["radius"].to_numpy(),
+            guarantee=guarantee,
+            deploy=rows["deploy"].iloc[0],
+            recipe_radius=self.recipe.threat.radius,
+            attack=attack,
+            seed=self.recipe.seed,
+            device=self.device,
+            begin=lambda balls: self.reporter.stage(f"audit ({attack.name})", balls, "ball"),
+            progress=self.reporter.advance,
+        )
+        timer = Timer(self, audit_stage(*self._certificates[1:], attack.name, attack.settings_digest))
+        found = audit(task)
+        timer.record()
+        self.store.write_audits(*self._certificates, attack.name, attack.settings_digest, found.columns)
+        self._report(found, attack)
+
+    def _report(self, found: Audit, attack: Attack) -> None:
+        counts = {outcome: found.count(outcome) for outcome in ("refuted", "refuted_in_float", "falsified")}
+        shown = ", ".join(f"{count} {outcome.replace('_', ' ')}" for outcome, count in counts.items())
+        self.reporter.say(f"{self.recipe.name}: attacked with {attack.name} ({attack.summary}): {shown}")
+        if found.limit:
+            self.reporter.say(f"{self.recipe.name}: no witness can be confirmed: {found.limit}")
+
+    @property
+    def _certificates(self) -> tuple[str, str, str]:
+        """What names this run's certificates in the store."""
+        return self.id, self.certifier.name, digest_settings(self.certifier, self.recipe)
+
+    @property
+    def _has_network(self) -> bool:
+        return (self.folder / NETWORK).is_file()
+
+    def _is_audited(self, attack: Attack | None) -> bool:
+        return attack is None or self.store.has_audits(
+            *self._certificates, attack.name, attack.settings_digest
+        )
 
     def _collect(self, task: CertifyTask) -> list[Certificates]:
         own = self.plugins.certify(task)
@@ -224,15 +355,16 @@ class Run:
             "seed": recipe.seed,
             "recipe_name": recipe.name,
             "recipe": recipe.canonical_json(),
-            "checkpoint_digest": save_network(self.folder / "network.safetensors", network),
+            "checkpoint_digest": save_network(self.folder / NETWORK, network),
             "epochs": recipe.train.epochs,
             **provenance.versions(),
             "code_revision": provenance.code_revision(),
         }
 
     def _outcome(self) -> RunOutcome:
-        settings_digest = digest_settings(self.certifier, self.recipe)
-        rows = self.store.certificates(self.id, self.certifier.name, settings_digest).to_pandas()
+        rows = self.store.certificates(*self._certificates).to_pandas()
+        audits = self.store.audits(*self._certificates).to_pandas()
+        refuted = audits.loc[audits["outcome"] == "refuted", "index"].nunique()
         return RunOutcome(
             self.id,
             self.recipe,
@@ -240,6 +372,7 @@ class Run:
             self.store.folder,
             clean_accuracy=float((rows["prediction"] == rows["label"]).mean()),
             certified_accuracy=float((rows["verdict"] == "certified").mean()),
+            refuted=int(refuted) if len(audits) else None,
         )
 
 
