@@ -42,6 +42,9 @@ not be attacked."""
 class MethodCard:
     """What a method says of itself; leaderboards and ``certbench list methods`` read it.
 
+    ``settings`` validates the ``[method]`` table; ``recipes`` is a folder of TOML files; ``certifier`` names the one of
+    the core's that a recipe gets unless it names another.
+
     ``numerics`` is raised whenever a change of the method moves numbers. It, not the distribution's version, enters
     the run id, so an update that changes no number does not force anyone to train again.
     """
@@ -52,8 +55,8 @@ class MethodCard:
     norm: str
     guarantee: Guarantee
     settings: type[Strict]
-    recipes: Traversable
     certifier: str
+    recipes: Traversable | None = None
     numerics: int = 1
     limits: str = ""
 

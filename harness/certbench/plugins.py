@@ -136,6 +136,8 @@ class Plugins:
         """The recipes that plugins ship, by full name such as ``fast-ibp/digits-linf-0.1``."""
         found = {}
         for method, owned in sorted(self.methods().items()):
+            if owned.card.recipes is None:
+                continue
             folder = Path(str(owned.card.recipes))
             for path in sorted(folder.glob("*.toml")):
                 found[f"{method}/{path.name.removesuffix('.toml')}"] = path

@@ -141,6 +141,8 @@ def _search(
         low[whole] = cap
     low = torch.where(f_low > 0, low, high)  # an exact tie has no bracket: nothing to search, radius 0 below
     found, passes = largest_proved_radius(
-        margin, Bracket(low, f_low, high, f_high), tolerance=RELATIVE_TOLERANCE * cap
+        lambda active, eps: margin(which[active], eps),
+        Bracket(low, f_low, high, f_high),
+        tolerance=RELATIVE_TOLERANCE * cap,
     )
     return torch.where(f_low > 0, found, zeros), spent + passes

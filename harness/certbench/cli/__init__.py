@@ -17,7 +17,7 @@ COMMANDS = {
     "audit": "Attack the certificates of recorded runs again, with any attack.",
     "leaderboard": "Derive the leaderboards from their rows, check or show them.",
     "list": "List methods, recipes, suites, data sets, models, certifiers, attacks or plugins.",
-    "data": "Find, fetch and verify data sets.",
+    "data": "Look for data sets, fetch them, and check them.",
     "doctor": "Show versions, devices, data and plugins, and what is wrong with them.",
 }
 INTERRUPTED = 130

@@ -22,7 +22,9 @@ _FOLDER = click.argument(
 
 @click.group()
 def command() -> None:
-    """Leaderboards, derived from the rows in FOLDER/results.
+    """Derive the leaderboards from their rows, check or show them.
+
+    The rows are those of FOLDER/results.
 
     FOLDER is ./certbench-out unless named; the committed boards of this project are in `leaderboards`.
 

@@ -1,0 +1,5 @@
+"""``python -m certbench`` is the ``certbench`` command."""
+
+from certbench.cli import main
+
+main()

@@ -1,0 +1,102 @@
+"""Fast IBP's objective, phase by phase, against its formula put together from the core's tested parts."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from certbench.bounds import RELU, input_box, trace
+from certbench.contract import TrainTask
+from certbench.data.dataset import Dataset, to_pixels
+from certbench.data.files import load_dataset
+from certbench.errors import UsageError
+from certbench.models import build_network
+from certbench.plugins import installed
+from certbench.training import SmoothedRamp, Step, relu_balance, robust_cross_entropy, tightness
+from certbench_fast_ibp.objective import NATURAL_EPS, FastIBP
+from certbench_fast_ibp.settings import FastIBPSettings
+
+BATCHES = 10
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return load_dataset("digits", None)
+
+
+def prepared(digits: Dataset, folder: Path, **settings: object) -> tuple[FastIBP, nn.Module]:
+    """The objective on a freshly prepared network, two natural epochs before a ramp of four."""
+    recipe = installed().find_recipe("fast-ibp/digits-linf-0.1")
+    task = TrainTask(
+        recipe=recipe,
+        settings=FastIBPSettings(ramp_start=2, ramp_epochs=4, **settings),  # type: ignore[arg-type]
+        dataset=digits,
+        device=torch.device("cpu"),
+        folder=folder,
+        build_network=lambda: build_network("cnn-small", digits.info, 0),
+    )
+    objective, network = FastIBP(task), build_network("cnn-small", digits.info, 0).train()
+    objective.prepare(network, BATCHES)
+    return objective, network
+
+
+def expected(network: nn.Module, images: Tensor, labels: Tensor, eps: float, lam: float) -> Tensor:
+    """``L_rob + lam (L_tight + L_relu)``, with the clean loss in place of L_rob while eps is 0."""
+    graph = trace(network, tuple(images.shape[1:]))
+    clean = graph.run(images)
+    box = input_box(images, max(eps, NATURAL_EPS))
+    bounds = graph.bound(box, clean.statistics, keep={RELU})
+    robust = robust_cross_entropy(bounds.margins(labels))
+    loss = robust if eps > 0 else nn.functional.cross_entropy(clean.logits, labels)
+    return loss + lam * (tightness(box.radius, bounds.kept) + relu_balance(bounds.kept))
+
+
+@pytest.mark.parametrize(
+    ("batch", "phase"), [(0, "natural"), (10, "first of the ramp"), (12, "ramp"), (40, "ramp"), (55, "full")]
+)
+def test_the_loss_of_each_phase(digits: Dataset, tmp_path: Path, batch: int, phase: str) -> None:
+    objective, network = prepared(digits, tmp_path)
+    images, labels = to_pixels(digits.train.images[:32], 16), digits.train.labels[:32]
+    twin = copy.deepcopy(network)
+    loss, figures = objective.loss(images, labels, Step(batch, batch // BATCHES + 1, BATCHES))
+    eps = SmoothedRamp(0.1, 2, 4, BATCHES)(batch)
+    assert figures["eps"] == eps
+    assert (eps == 0) == (phase in {"natural", "first of the ramp"})
+    lam = 0.0 if phase == "full" else 0.5 * (1 - eps / 0.1)
+    torch.testing.assert_close(loss, expected(twin, images, labels, eps, lam))
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+    for name, value in twin.named_buffers():
+        torch.testing.assert_close(dict(network.named_buffers())[name], value, msg=f"{name}: updated once")
+
+
+def test_the_training_radius_may_differ_from_the_certified_one(digits: Dataset, tmp_path: Path) -> None:
+    objective, _ = prepared(digits, tmp_path, train_radius="0.2", ramp="linear")
+    assert objective.eps_at(10_000) == 0.2
+    assert objective.eps_at(BATCHES + 2 * BATCHES) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("method.ramp_start=0", "method.ramp_start = 0"),
+        ("method.tolerance=1.5", "method.tolerance = 1.5"),
+        ("method.train_radius=8/0", "divides by zero"),
+        ("method.ramp=cubic", "method.ramp"),
+    ],
+)
+def test_bad_settings_are_explained(override: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        installed().find_recipe("fast-ibp/digits-linf-0.1", [override])
+
+
+def test_published_recipes_carry_the_papers_figures() -> None:
+    recipe = installed().find_recipe("fast-ibp/cifar10-linf-8-255")
+    assert recipe.reference is not None
+    assert (recipe.reference.clean_error, recipe.reference.certified_error) == (51.72, 65.58)
+    assert (recipe.train.epochs, recipe.train.milestones, recipe.train.batch_size) == (160, (120, 140), 128)
+    assert recipe.method.settings["ramp_epochs"] == 80

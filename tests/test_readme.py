@@ -1,0 +1,95 @@
+"""The README's promises, executed."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from certbench.cli import cli
+from certbench.plugins import Plugins
+from certbench.run import run_recipe
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def block(name: str) -> str:
+    """The code block between two markers."""
+    found = re.search(rf"<!-- {name} -->\n```\w*\n(.*?)```\n<!-- /{name} -->", README, re.DOTALL)
+    assert found is not None, name
+    return found.group(1)
+
+
+class Point(EntryPoint):
+    """An entry point that loads a file."""
+
+    def load(self) -> Any:
+        spec = importlib.util.spec_from_file_location("my_method", self.value)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+
+def test_the_plugin_of_the_readme_trains_certifies_and_records(tmp_path: Path) -> None:
+    source = block("plugin")
+    assert sum(bool(line.strip()) for line in source.splitlines()) <= 30
+    (tmp_path / "my_method.py").write_text(source)
+    (tmp_path / "my-method.toml").write_text(block("recipe"))
+    plugins = Plugins([Point("my-method", str(tmp_path / "my_method.py"), "certbench")])
+    outcome = run_recipe(tmp_path / "my-method.toml", out=tmp_path / "out", device="cpu", plugins=plugins)
+    assert outcome.clean_accuracy > 0.8
+
+
+def commands() -> list[str]:
+    """Every command line of certbench in the documentation."""
+    found = set()
+    for path in [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *ROOT.glob("plugins/*/README.md"),
+        *ROOT.glob("docs/*.md"),
+    ]:
+        for code in re.findall(
+            r"```(?:\w*)\n(.*?)```|`([^`\n]+)`", path.read_text(encoding="utf-8"), re.DOTALL
+        ):
+            for line in "".join(code).splitlines():
+                line = line.split("#")[0].strip().removeprefix("uv run ")
+                if line.startswith("certbench ") and "…" not in line:
+                    found.add(line)
+    return sorted(found)
+
+
+@pytest.mark.parametrize("line", commands())
+def test_every_command_of_the_documentation_is_understood(line: str) -> None:
+    """Parsed by the real command line: unknown commands, options and missing arguments are caught."""
+    words = shlex.split(line)[1:]
+    command: click.Command = cli
+    context = click.Context(cli, info_name="certbench")
+    while isinstance(command, click.Group) and words and not words[0].startswith("-"):
+        name = words.pop(0)
+        inner = command.get_command(context, name)
+        assert inner is not None, f"no command {name!r}"
+        command, context = inner, click.Context(inner, parent=context, info_name=name)
+    if words and words[0] not in {"RECIPE..."}:
+        command.make_context(command.name, words, parent=context.parent, resilient_parsing=False)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib")
+def test_recipes_named_in_the_documentation_exist() -> None:
+    from certbench.plugins import installed
+
+    if "fast-ibp" not in installed().methods():
+        pytest.skip("certbench-fast-ibp is not installed")
+    named = set(re.findall(r"\bfast-ibp/[a-z0-9.-]+\b", README))
+    assert named
+    assert named <= set(installed().recipes())
