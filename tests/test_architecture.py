@@ -23,10 +23,11 @@ ALLOWED = {
     "models": GROUND | {"data"},
     "results": CONTRACT,
     "bounds": CONTRACT | {"models", "data"},
+    "audit": GROUND | {"contract", "data"},
     "training": CONTRACT | {"bounds", "data", "models"},
     "leaderboard": CONTRACT | {"results"},
-    "recorded": CONTRACT | {"run", "training", "bounds", "results"},
-    "run": CONTRACT | {"training", "bounds", "models", "data", "results"},
+    "recorded": CONTRACT | {"run", "training", "bounds", "results", "audit"},
+    "run": CONTRACT | {"training", "audit", "bounds", "models", "data", "results"},
 }
 """Room -> rooms it may import. ``contract`` names data types for annotations only."""
 

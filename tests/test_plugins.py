@@ -213,6 +213,8 @@ def test_hook_specifications_hold_no_logic() -> None:
         ["list", "recipes"],
         ["list", "datasets"],
         ["list", "suites"],
+        ["list", "attacks"],
+        ["audit", "--help"],
         ["list", "plugins"],
     ],
 )

@@ -24,6 +24,18 @@ Guarantee = Literal["real_arith", "float_sound", "statistical"]
 Verdict = Literal[
     "certified", "falsified", "unknown", "misclassified", "abstain", "timeout", "error", "not_run"
 ]
+Outcome = Literal[
+    "held",
+    "falsified",
+    "falsified_in_float",
+    "refuted",
+    "refuted_in_float",
+    "not_attacked",
+    "error",
+]
+"""What an audit says of one ball. ``refuted``: a witness at the level of the guarantee, where a certificate stands;
+``falsified``: the same where none does; ``..._in_float``: only floating point flips. Else it held, or was not or could
+not be attacked."""
 
 
 @dataclass(frozen=True)

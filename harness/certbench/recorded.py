@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from certbench.audit.registry import DEFAULT, find_attack
 from certbench.bounds.certifiers import find_certifier
 from certbench.contract import Reporter, SilentReporter
 from certbench.errors import RunError, UsageError, nearest
@@ -85,6 +86,35 @@ def _digest(network: nn.Module) -> str:
     """The digest that the network's file would have."""
     with tempfile.TemporaryDirectory() as folder:
         return save_network(Path(folder) / "network.safetensors", network)
+
+
+def audit_again(
+    prefix: str,
+    attack: str = DEFAULT,
+    *,
+    out: str | Path = "certbench-out",
+    data: str | Path | None = None,
+    device: str = "auto",
+    plugins: Plugins | None = None,
+    reporter: Reporter | None = None,
+) -> RunOutcome:
+    """Attack the certificates of a finished run; rows join the store, and a refuted proof counts in the outcome.
+
+    Raises:
+        CertbenchError: anything that went wrong, in one line.
+    """
+    chosen = find_attack(attack)
+    recorded = load_run(prefix, out, data, device, plugins, reporter)
+    run = recorded.run
+    if not run.is_certified:
+        raise RunError(
+            f"run {run.id} has no certificates by {run.certifier.name} in {run.store.folder}; `certbench certify` makes them"
+        )
+    if run.is_audited(chosen):
+        run.reporter.say(f"{run.recipe.name}: run {run.id} is already audited with {chosen.name}")
+    else:
+        run.audit(recorded.network, chosen)
+    return run.outcome()
 
 
 def certify_again(

@@ -1,4 +1,4 @@
-"""One run, from a recipe to rows: load, train, certify, record."""
+"""One run, from a recipe to rows: load, train, certify, audit, record."""
 
 from __future__ import annotations
 
@@ -16,26 +16,35 @@ import numpy as np
 import torch
 from torch import nn
 
+from certbench.audit.certificates import Audit, AuditTask, audit
+from certbench.audit.registry import DEFAULT, Attack, find_attack
 from certbench.bounds.certifiers import Certifier, find_certifier
 from certbench.contract import Certificates, CertifyTask, Reporter, SilentReporter, TrainTask
 from certbench.data.dataset import Dataset, image_digests
 from certbench.data.files import load_dataset
 from certbench.errors import CertbenchError, RunError, UsageError
 from certbench.models import build_network
+from certbench.models.fold import deployed_network
 from certbench.plugins import Owned, Plugins, installed
 from certbench.recipe import PROTOCOL, Recipe, run_id
 from certbench.results import provenance
 from certbench.results.files import write_atomically
-from certbench.results.store import ResultStore, certify_stage
+from certbench.results.store import ResultStore, audit_stage, certify_stage
 from certbench.seeding import derive_seed
 from certbench.training.checkpoint import save_network
 
 T = TypeVar("T")
 
+NETWORK = "network.safetensors"
+"""The file of a run that holds the trained network alone."""
+
 
 @dataclass(frozen=True)
 class RunOutcome:
-    """What a run left behind: its id, the folder of its checkpoints, the store of its rows, and its two headlines."""
+    """What a run left behind: its id, the folder of its checkpoints, the store of its rows, and its headlines.
+
+    ``refuted`` counts images whose certificate any recorded attack refuted; it is None where none was audited.
+    """
 
     run_id: str
     recipe: Recipe
@@ -43,6 +52,7 @@ class RunOutcome:
     store: Path
     clean_accuracy: float
     certified_accuracy: float
+    refuted: int | None = None
 
 
 def run_recipe(
@@ -53,10 +63,11 @@ def run_recipe(
     device: str = "auto",
     seed: int | None = None,
     overrides: Iterable[str] = (),
+    attack: str | None = DEFAULT,
     reporter: Reporter | None = None,
     plugins: Plugins | None = None,
 ) -> RunOutcome:
-    """Train, certify and record one recipe; what a former call has finished is not done again.
+    """Train, certify, audit and record one recipe; what a former call has finished is not done again.
 
     Args:
         recipe: a recipe's name, a TOML file, or a resolved recipe.
@@ -65,6 +76,7 @@ def run_recipe(
         device: ``auto``, ``cpu`` or ``cuda``.
         seed: in place of the recipe's.
         overrides: ``key=value`` settings in place of the recipe's.
+        attack: what the certificates are audited with; None leaves them unaudited.
 
     Raises:
         CertbenchError: anything that went wrong, in one line. What was recorded before stays.
@@ -74,8 +86,9 @@ def run_recipe(
         recipe = plugins.find_recipe(str(recipe), overrides)
     if seed is not None:
         recipe = recipe.with_seed(seed)
+    chosen = find_attack(attack) if attack is not None else None
     run = Run.prepare(recipe, Path(out), data, choose_device(device), plugins, reporter or SilentReporter())
-    return run.execute()
+    return run.execute(chosen)
 
 
 def choose_device(name: str) -> torch.device:
@@ -130,21 +143,28 @@ class Run:
         store = ResultStore(out / "results")
         return cls(recipe, owned, plugins, dataset, certifier, device, identity, folder, store, reporter)
 
-    def execute(self) -> RunOutcome:
-        settings_digest = digest_settings(self.certifier, self.recipe)
-        if self.store.has_certificates(self.id, self.certifier.name, settings_digest):
+    def execute(self, attack: Attack | None) -> RunOutcome:
+        certified = self.is_certified
+        if certified and self.is_audited(attack):
             self.reporter.say(f"{self.recipe.name}: run {self.id} is already recorded")
             return self.outcome()
+        if certified and not self._has_network:
+            self.reporter.say(
+                f"{self.recipe.name}: run {self.id} is recorded; not audited, its checkpoints are gone"
+            )
+            return self.outcome()
         network = self.train()
-        self.record(self.certify(network))
+        if not certified:
+            self.record(self.certify(network))
+        if attack is not None:
+            self.audit(network, attack)
         return self.outcome()
 
     def record(self, certificates: list[Certificates]) -> None:
         """Write certificates, and beside the network in plain words what their settings digest stands for."""
-        settings_digest = digest_settings(self.certifier, self.recipe)
         columns = certificate_columns(self.dataset, certificates)
-        self.store.write_certificates(self.id, self.certifier.name, settings_digest, columns)
-        stage = certify_stage(self.certifier.name, settings_digest)
+        self.store.write_certificates(*self._certificates, columns)
+        stage = certify_stage(*self._certificates[1:])
         settings = json.dumps(certify_settings(self.certifier, self.recipe), indent=1, sort_keys=True)
         write_atomically(self.folder / f"{stage}.json", settings.encode())
 
@@ -194,6 +214,66 @@ class Run:
         )
         return self._ask_plugin("certify", lambda: self._collect(task))
 
+    def audit(self, network: nn.Module, attack: Attack) -> None:
+        """Attack every correct image at the recipe's radius and every certificate at its own; rows are added.
+
+        What is attacked is the deployed network, the one that was certified.
+        """
+        rows = self.store.certificates(*self._certificates).to_pandas()
+        guarantee = rows["guarantee"].iloc[0]
+        if guarantee == "statistical" or not (rows["prediction"] == rows["label"]).any():
+            self.reporter.say(
+                f"{self.recipe.name}: nothing to audit: no correct image has a deterministic certificate"
+            )
+            return
+        task = AuditTask(
+            network=deployed_network(network),
+            split=self.dataset.test,
+            levels=self.dataset.info.levels,
+            index=rows["index"].to_numpy(),
+            prediction=rows["prediction"].fillna(-1).to_numpy(),
+            verdict=rows["verdict"].to_numpy(),
+            radius=rows["radius"].to_numpy(),
+            guarantee=guarantee,
+            deploy=rows["deploy"].iloc[0],
+            recipe_radius=self.recipe.threat.radius,
+            attack=attack,
+            seed=self.recipe.seed,
+            device=self.device,
+            begin=lambda balls: self.reporter.stage(f"audit ({attack.name})", balls, "ball"),
+            progress=self.reporter.advance,
+        )
+        timer = Timer(self, audit_stage(*self._certificates[1:], attack.name, attack.settings_digest))
+        found = audit(task)
+        timer.record()
+        self.store.write_audits(*self._certificates, attack.name, attack.settings_digest, found.columns)
+        self._report(found, attack)
+
+    def _report(self, found: Audit, attack: Attack) -> None:
+        counts = {outcome: found.count(outcome) for outcome in ("refuted", "refuted_in_float", "falsified")}
+        shown = ", ".join(f"{count} {outcome.replace('_', ' ')}" for outcome, count in counts.items())
+        self.reporter.say(f"{self.recipe.name}: attacked with {attack.name} ({attack.summary}): {shown}")
+        if found.limit:
+            self.reporter.say(f"{self.recipe.name}: no witness can be confirmed: {found.limit}")
+
+    @property
+    def _certificates(self) -> tuple[str, str, str]:
+        """What names this run's certificates in the store."""
+        return self.id, self.certifier.name, digest_settings(self.certifier, self.recipe)
+
+    @property
+    def is_certified(self) -> bool:
+        return self.store.has_certificates(*self._certificates)
+
+    @property
+    def _has_network(self) -> bool:
+        return (self.folder / NETWORK).is_file()
+
+    def is_audited(self, attack: Attack | None) -> bool:
+        return attack is None or self.store.has_audits(
+            *self._certificates, attack.name, attack.settings_digest
+        )
+
     def _collect(self, task: CertifyTask) -> list[Certificates]:
         own = self.plugins.certify(task)
         found: list[Certificates] = []
@@ -242,7 +322,7 @@ class Run:
             "seed": recipe.seed,
             "recipe_name": recipe.name,
             "recipe": recipe.canonical_json(),
-            "checkpoint_digest": save_network(self.folder / "network.safetensors", network),
+            "checkpoint_digest": save_network(self.folder / NETWORK, network),
             "epochs": recipe.train.epochs,
             **provenance.versions(),
             "code_revision": provenance.code_revision(),
@@ -250,8 +330,9 @@ class Run:
 
     def outcome(self) -> RunOutcome:
         """What the store holds for this run and these settings."""
-        settings_digest = digest_settings(self.certifier, self.recipe)
-        rows = self.store.certificates(self.id, self.certifier.name, settings_digest).to_pandas()
+        rows = self.store.certificates(*self._certificates).to_pandas()
+        audits = self.store.audits(*self._certificates).to_pandas()
+        refuted = audits.loc[audits["outcome"] == "refuted", "index"].nunique()
         return RunOutcome(
             self.id,
             self.recipe,
@@ -259,6 +340,7 @@ class Run:
             self.store.folder,
             clean_accuracy=float((rows["prediction"] == rows["label"]).mean()),
             certified_accuracy=float((rows["verdict"] == "certified").mean()),
+            refuted=int(refuted) if len(audits) else None,
         )
 
 

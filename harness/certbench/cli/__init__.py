@@ -13,10 +13,11 @@ from certbench.errors import CertbenchError
 
 COMMANDS = {
     "quickstart": "Train, certify and rank every method on the built-in digits.",
-    "run": "Run recipes or suites: train, certify, record, rank.",
+    "run": "Run recipes or suites: train, certify, audit, record, rank.",
     "certify": "Certify finished runs again with other settings; nothing is trained.",
+    "audit": "Attack the certificates of recorded runs again, with any attack.",
     "leaderboard": "Derive the leaderboards from their rows, check or show them.",
-    "list": "List methods, recipes, suites, data sets, models, certifiers or plugins.",
+    "list": "List methods, recipes, suites, data sets, models, certifiers, attacks or plugins.",
     "data": "Look for data sets, fetch them, and check them.",
     "doctor": "Show versions, devices, data and plugins, and what is wrong with them.",
 }

@@ -88,6 +88,12 @@ def _certifiers() -> Rows:
     return [{"name": c.name, "summary": c.summary} for c in CERTIFIERS.values()]
 
 
+def _attacks() -> Rows:
+    from certbench.audit.registry import ATTACKS
+
+    return [{"name": attack.name, "summary": attack.summary} for attack in ATTACKS.values()]
+
+
 def _plugins() -> Rows:
     from certbench.plugins import installed
 
@@ -104,6 +110,7 @@ KINDS: dict[str, Callable[[], Rows]] = {
     "datasets": _datasets,
     "models": _models,
     "certifiers": _certifiers,
+    "attacks": _attacks,
     "plugins": _plugins,
 }
 
@@ -112,7 +119,7 @@ KINDS: dict[str, Callable[[], Rows]] = {
 @click.argument("kind", type=click.Choice(list(KINDS)))
 @click.option("--json", "as_json", is_flag=True, help="For programs: a JSON list of objects.")
 def command(kind: str, as_json: bool) -> None:
-    """List methods, recipes, suites, data sets, models, certifiers or plugins.
+    """List methods, recipes, suites, data sets, models, certifiers, attacks or plugins.
 
     \b
     Example:

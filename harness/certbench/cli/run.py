@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from certbench.audit.registry import DEFAULT, find_attack
 from certbench.cli.progress import reporter
-from certbench.errors import CertbenchError, UsageError
+from certbench.errors import CertbenchError, FoundError, UsageError
+
+if TYPE_CHECKING:
+    from certbench.recipe import Recipe
+    from certbench.run import RunOutcome
 
 EXIT_RUN_FAILED = 3
 
@@ -21,6 +28,13 @@ EXIT_RUN_FAILED = 3
 @click.option(
     "--seeds", default=None, metavar="0,1,2", help="Run once per seed, in place of the recipe's own seed."
 )
+@click.option(
+    "--attack",
+    default=DEFAULT,
+    show_default=True,
+    metavar="NAME",
+    help="What certificates are audited with, from `certbench list attacks`; none leaves them unaudited.",
+)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option(
     "--data", default=None, metavar="DIR", help="Folder of the data sets [default: $CERTBENCH_DATA]."
@@ -32,38 +46,44 @@ def command(
     recipes: tuple[str, ...],
     overrides: tuple[str, ...],
     seeds: str | None,
+    attack: str,
     device: str,
     data: str | None,
     out: str,
 ) -> None:
-    """Run recipes or suites: train, certify, record, rank.
+    """Run recipes or suites: train, certify, audit, record, rank.
 
     A recipe is a name from `certbench list recipes` or a TOML file; a suite is a name from `certbench list suites`.
     What is finished is not done again; what was interrupted goes on from its last checkpoint. When one run fails,
-    the others still finish, and the exit code is 3.
+    the others still finish, and the exit code is 3. It is 1 when none fails and an attack refutes a certificate.
 
     \b
     Example:
       certbench run fast-ibp/mnist-linf-0.1-cnn-small-10ep --data DIR --seeds 0,1,2
       certbench run quick --set train.epochs=3
     """
-    run_all(list(recipes), parse_seeds(seeds), list(overrides), device, data, out)
+    run_all(list(recipes), parse_seeds(seeds), list(overrides), device, data, out, attack)
 
 
 def run_all(
-    names: list[str], seeds: list[int] | None, overrides: list[str], device: str, data: str | None, out: str
+    names: list[str],
+    seeds: list[int] | None,
+    overrides: list[str],
+    device: str,
+    data: str | None,
+    out: str,
+    attack: str = DEFAULT,
 ) -> None:
     """Run everything named, then build and show the boards.
 
     Raises:
         UsageError: a name, key or value is wrong; nothing has been run then.
+        FoundError: an attack refuted a certificate; everything has been run and recorded then.
     """
-    from certbench.cli.leaderboard import print_boards
-    from certbench.leaderboard.build import read_boards, write
     from certbench.plugins import installed
-    from certbench.recipe import Recipe
     from certbench.suites import SUITES, recipes_of
 
+    chosen = find_attack(attack).name if attack != "none" else None
     plugins = installed()
     jobs: list[Recipe] = []
     for name in names:
@@ -73,35 +93,56 @@ def run_all(
         for member in members:
             recipe = plugins.find_recipe(member, overrides)
             jobs += [recipe.with_seed(s) for s in seeds] if seeds is not None else [recipe]
-    failed = [recipe for recipe in jobs if not _run_one(recipe, device, data, out)]
-    if len(failed) < len(jobs):
+    done = [_run_one(recipe, chosen, device, data, out) for recipe in jobs]
+    finish(done, [f"{recipe.name} (seed {recipe.seed})" for recipe in jobs], out)
+
+
+def finish(outcomes: Sequence[RunOutcome | None], names: Sequence[str], out: str) -> None:
+    """Build and show the boards, then say by the exit code what became of the runs; None stands for one that failed.
+
+    Raises:
+        FoundError: no run failed, and an attack refuted a certificate.
+    """
+    from certbench.cli.leaderboard import print_boards
+    from certbench.leaderboard.build import read_boards, write
+
+    if any(outcome is not None for outcome in outcomes):
         write(Path(out))
         print_boards(read_boards(Path(out)))
+    named = list(zip(outcomes, names, strict=True))
+    refuted = [
+        f"{name}: {o.refuted} refuted in run {o.run_id}" for o, name in named if o is not None and o.refuted
+    ]
+    found = f"certificates refuted by attacks, and their rows voided: {'; '.join(refuted)}"
+    failed = [name for outcome, name in named if outcome is None]
     if failed:
-        shown = ", ".join(f"{recipe.name} (seed {recipe.seed})" for recipe in failed)
-        click.echo(f"certbench: {len(failed)} of {len(jobs)} runs failed: {shown}", err=True)
+        if refuted:
+            click.echo(f"certbench: {found}", err=True)
+        click.echo(f"certbench: {len(failed)} of {len(named)} runs failed: {', '.join(failed)}", err=True)
         sys.exit(EXIT_RUN_FAILED)
+    if refuted:
+        raise FoundError(found)
 
 
-def _run_one(recipe: object, device: str, data: str | None, out: str) -> bool:
+def _run_one(
+    recipe: Recipe, attack: str | None, device: str, data: str | None, out: str
+) -> RunOutcome | None:
     """Run one recipe; an explained failure is shown in one line and does not stop the others."""
-    from certbench.recipe import Recipe
     from certbench.run import run_recipe
 
-    assert isinstance(recipe, Recipe)
     title = f"{recipe.name} seed {recipe.seed}"
     try:
         with reporter(title) as progress:
-            outcome = run_recipe(recipe, out=out, data=data, device=device, reporter=progress)
+            outcome = run_recipe(recipe, out=out, data=data, device=device, attack=attack, reporter=progress)
     except CertbenchError as error:
         click.echo(f"certbench: {error}", err=True)
-        return False
+        return None
     click.echo(
         f"{title}: clean {100 * outcome.clean_accuracy:.2f}%, certified {100 * outcome.certified_accuracy:.2f}% "
         f"at {recipe.threat.radius} (run {outcome.run_id})",
         err=True,
     )
-    return True
+    return outcome
 
 
 def parse_seeds(text: str | None) -> list[int] | None:

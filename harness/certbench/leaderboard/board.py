@@ -16,9 +16,19 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
+import pyarrow as pa
+
 from certbench.errors import DataError, UsageError
-from certbench.leaderboard.metrics import Cost, Metrics, costs, measure
-from certbench.results.checks import CrossCheck
+from certbench.leaderboard.metrics import (
+    AuditCounts,
+    Cost,
+    Metrics,
+    attacked_accuracy,
+    costs,
+    count_audits,
+    measure,
+)
+from certbench.results.checks import CrossCheck, audit_problems
 from certbench.results.rules import VERDICTS, parse_fraction
 from certbench.results.store import ResultStore, certify_stage
 from certbench.threat import format_radius
@@ -44,8 +54,26 @@ class Published:
 
 
 @dataclass(frozen=True)
+class Audited:
+    """What attacks on a row's certificates found, in images over its audited seeds.
+
+    ``tried`` certificates were attacked at their own radius. ``refuted_runs`` are the runs with a refuted one.
+    """
+
+    seeds: int
+    tried: int
+    refuted: int
+    refuted_in_float: int
+    attacks: tuple[tuple[str, str], ...]
+    refuted_runs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Row:
     """One measured row. Accuracies in percent; ``verdicts`` counts over all seeds; seconds are means over seeds.
+
+    ``attacked`` is None unless every correct image of every seed was attacked, ``audit`` where no seed was audited.
+    In ``verdicts`` an image that the certifier left unknown and an attack broke counts as falsified.
 
     ``images`` is the number of images of the seed that has the fewest, ``expected`` the size of the test set as far
     as any run of it tells.
@@ -67,6 +95,8 @@ class Row:
     expected: int
     clean: Figure
     certified: Figure
+    attacked: Figure | None
+    audit: Audited | None
     acr: Figure | None
     verdicts: Mapping[str, int]
     train_seconds: float | None
@@ -79,13 +109,21 @@ class Row:
         return self.images == self.expected
 
     @property
+    def void(self) -> bool:
+        """One refuted proof voids the row; statistical certificates may err, each with probability alpha."""
+        return self.guarantee != "statistical" and self.audit is not None and self.audit.refuted > 0
+
+    @property
     def acr_of_cap(self) -> float | None:
         return self.acr.mean / float(self.cap) if self.acr and self.cap else None
 
 
 @dataclass(frozen=True)
 class Board:
-    """Rows that may be compared: complete ones first, each group by certified accuracy, then clean, then names."""
+    """Rows that may be compared: complete ones first, each group by certified accuracy, then clean, then names.
+
+    ``voided`` rows have a refuted certificate: they stand below the table and take no part in any ranking.
+    """
 
     name: str
     protocol: str
@@ -93,6 +131,7 @@ class Board:
     norm: str
     radius: str
     rows: tuple[Row, ...]
+    voided: tuple[Row, ...] = ()
 
     @property
     def title(self) -> str:
@@ -106,12 +145,14 @@ class Board:
 
 @dataclass(frozen=True)
 class _Entry:
-    """One run by one certifier: its row, what its certificates add up to, and its cost."""
+    """One run by one certifier: its row, what its certificates and their audits add up to, and its cost."""
 
     run: Mapping[str, Any]
     metrics: Metrics
     train: Cost | None
     certify: Cost | None
+    audit: AuditCounts | None
+    attacked: Fraction | None
 
 
 def boards(store: ResultStore) -> list[Board]:
@@ -137,7 +178,9 @@ def boards(store: ResultStore) -> list[Board]:
             name = _slug(f"{dataset}-{norm}-{radius.removeprefix('radius ').replace(' ', '-')}")
             if protocol != max(protocols, key=_natural):
                 name += f"--{_slug(protocol)}"
-            found.append(Board(name, protocol, dataset, norm, radius, _rows(members, expected)))
+            rows = _rows(members, expected)
+            ranked, voided = (tuple(r for r in rows if r.void is void) for void in (False, True))
+            found.append(Board(name, protocol, dataset, norm, radius, ranked, voided))
     _distinct_names(found)
     return sorted(found, key=lambda board: _natural(board.name))
 
@@ -160,8 +203,30 @@ def _entries(store: ResultStore) -> list[_Entry]:
         metrics = measure(shard)
         stage = certify_stage(metrics.certifier, metrics.settings_digest)
         run_id = metrics.run_id
-        entries.append(_Entry(runs[run_id], metrics, cost.get((run_id, "train")), cost.get((run_id, stage))))
+        audit = _audit(store, runs[run_id], metrics, shard)
+        entries.append(
+            _Entry(
+                runs[run_id],
+                metrics,
+                cost.get((run_id, "train")),
+                cost.get((run_id, stage)),
+                audit,
+                attacked_accuracy(metrics, audit),
+            )
+        )
     return entries
+
+
+def _audit(
+    store: ResultStore, run: Mapping[str, Any], metrics: Metrics, certificates: pa.Table
+) -> AuditCounts | None:
+    audits = store.audits(metrics.run_id, metrics.certifier, metrics.settings_digest)
+    if not audits.num_rows:
+        return None
+    problems = audit_problems(audits, certificates, run)
+    if problems:
+        raise DataError(f"{store.folder / 'audits'}: {problems[0]}")
+    return count_audits(certificates, audits)
 
 
 def _radius(run: Mapping[str, Any]) -> str:
@@ -275,6 +340,7 @@ def _row(group: Sequence[_Entry], variant: str, expected: Mapping[str, int]) -> 
     _distinct_seeds(group)
     clean = _figure([entry.metrics.clean_accuracy for entry in group])
     certified = _figure([entry.metrics.certified_accuracy for entry in group])
+    attacked = [entry.attacked for entry in group if entry.attacked is not None]
     radii = [entry.metrics.acr for entry in group if entry.metrics.acr is not None]
     return Row(
         method=run["method"],
@@ -293,14 +359,40 @@ def _row(group: Sequence[_Entry], variant: str, expected: Mapping[str, int]) -> 
         expected=expected[run["dataset_digest"]],
         clean=clean,
         certified=certified,
+        attacked=_figure(attacked) if len(attacked) == len(group) else None,
+        audit=_audited(group),
         acr=_figure(radii) if len(radii) == len(group) else None,
-        verdicts={verdict: sum(entry.metrics.verdicts[verdict] for entry in group) for verdict in VERDICTS},
+        verdicts={verdict: sum(_verdicts(entry)[verdict] for entry in group) for verdict in VERDICTS},
         train_seconds=_mean_seconds([entry.train for entry in group]),
         certify_seconds=_mean_seconds([entry.certify for entry in group]),
         devices=tuple(
             sorted({d for e in group for cost in (e.train, e.certify) if cost for d in cost.devices})
         ),
         published=_published(group, clean, certified),
+    )
+
+
+def _verdicts(entry: _Entry) -> dict[str, int]:
+    """The certifier's verdicts, less what attacks have decided since."""
+    falsified = entry.audit.falsified if entry.audit else 0
+    counts = dict(entry.metrics.verdicts)
+    return counts | {
+        "unknown": counts["unknown"] - falsified,
+        "falsified": counts["falsified"] + falsified,
+    }
+
+
+def _audited(group: Sequence[_Entry]) -> Audited | None:
+    audits = {entry.run["run_id"]: entry.audit for entry in group if entry.audit is not None}
+    if not audits:
+        return None
+    return Audited(
+        seeds=len(audits),
+        tried=sum(audit.tried for audit in audits.values()),
+        refuted=sum(audit.refuted for audit in audits.values()),
+        refuted_in_float=sum(audit.refuted_in_float for audit in audits.values()),
+        attacks=tuple(sorted({attack for audit in audits.values() for attack in audit.attacks})),
+        refuted_runs=tuple(sorted(run for run, audit in audits.items() if audit.refuted)),
     )
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from certbench.errors import DataError
-from certbench.results.rules import VERDICTS
+from certbench.results.rules import UNDECIDED, VERDICTS
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,73 @@ def measure(shard: pa.Table) -> Metrics:
     )
     check_order(metrics)
     return metrics
+
+
+@dataclass(frozen=True)
+class AuditCounts:
+    """What all attacks on one certifier's certificates add up to, in images.
+
+    ``claimed`` have a proved radius, ``tried`` of them were attacked at it. ``missing`` are correct but were not
+    attacked at the recipe's radius; ``broken`` are correct and have a witness there. ``falsified`` of the broken were
+    unknown to the certifier. ``refuted`` voids a proof; what only floating point flips is counted and voids nothing.
+    """
+
+    attacks: tuple[tuple[str, str], ...]
+    claimed: int
+    tried: int
+    refuted: int
+    refuted_in_float: int
+    missing: int
+    broken: int
+    falsified: int
+
+
+def count_audits(certificates: pa.Table, audits: pa.Table) -> AuditCounts | None:
+    """Add up the audits of one run's certificates by one certifier; None where nothing of it was attacked."""
+    rows = [row for row in audits.to_pylist() if row["outcome"] not in UNDECIDED]
+    if not rows:
+        return None
+
+    def images(kind: str | None, *outcomes: str) -> set[int]:
+        return {
+            row["index"]
+            for row in rows
+            if kind in (None, row["kind"]) and (not outcomes or row["outcome"] in outcomes)
+        }
+
+    decided = certificates.select(["index", "label", "prediction", "verdict", "radius"]).to_pylist()
+    correct = {row["index"] for row in decided if row["prediction"] == row["label"]}
+    claimed = {row["index"] for row in decided if (row["radius"] or 0) > 0}
+    named = {verdict: {row["index"] for row in decided if row["verdict"] == verdict} for verdict in VERDICTS}
+    at_radius = images("recipe_radius", "falsified", "refuted")
+    refuted = images(None, "refuted")
+    return AuditCounts(
+        attacks=tuple(sorted({(row["attack"], row["attack_settings_digest"]) for row in rows})),
+        claimed=len(claimed),
+        tried=len(claimed & images("certified_radius")),
+        refuted=len(refuted),
+        refuted_in_float=len(images(None, "refuted_in_float") - refuted),
+        missing=len(correct - images("recipe_radius")),
+        broken=len(correct & (at_radius | named["falsified"])),
+        falsified=len(at_radius & named["unknown"]),
+    )
+
+
+def attacked_accuracy(metrics: Metrics, audit: AuditCounts | None) -> Fraction | None:
+    """In percent, exactly: correct images without a witness; None unless every correct image was attacked.
+
+    Raises:
+        DataError: more images are certified than withstood the attacks, though no certificate was refuted.
+    """
+    if audit is None or audit.missing:
+        return None
+    withstood = metrics.correct - audit.broken
+    if metrics.certified > withstood and not audit.refuted:
+        raise DataError(
+            f"run {metrics.run_id}, certifier {metrics.certifier}: {metrics.certified} images are certified but only "
+            f"{withstood} withstood the attacks, and none is refuted; its rows are wrong and no table is built"
+        )
+    return Fraction(100 * withstood, metrics.images)
 
 
 def check_order(metrics: Metrics) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from certbench.leaderboard.board import Board, Figure, Published, Row
+from certbench.leaderboard.board import Audited, Board, Figure, Published, Row
 from certbench.threat import format_radius
 
 MARKER = "<!-- certbench: derived from rows; do not edit -->"
@@ -39,6 +39,8 @@ HEADERS = (
     "images",
     "clean %",
     "certified %",
+    "attacked %",
+    "audit",
     "ACR",
     "ACR/cap",
     "unknown",
@@ -56,10 +58,10 @@ _LEFT = 5  # the columns of names; numbers are set to the right
 # Cells -------------------------------------------------------------------------------------------------------------
 
 
-def cells(board: Board) -> list[tuple[Row | Published, list[str]]]:
-    """The board's lines as plain text under :data:`HEADERS`, each measured row followed by its published figures."""
+def cells(rows: Iterable[Row]) -> list[tuple[Row | Published, list[str]]]:
+    """Lines of plain text under :data:`HEADERS`, each measured row followed by its published figures."""
     lines: list[tuple[Row | Published, list[str]]] = []
-    for row in board.rows:
+    for row in rows:
         lines.append((row, _measured(row)))
         lines += [(published, _reference(published)) for published in row.published]
     return lines
@@ -77,6 +79,8 @@ def _measured(row: Row) -> list[str]:
         str(row.images) if row.complete else f"{row.images} of {row.expected}",
         _percent(row.clean),
         _percent(row.certified),
+        _percent(row.attacked),
+        _audit(row),
         _figure(row.acr, 4) or "incomplete",
         _number(row.acr_of_cap, 3),
         str(verdicts["unknown"] + verdicts["abstain"]),
@@ -88,6 +92,15 @@ def _measured(row: Row) -> list[str]:
         _NOTHING,
         _NOTHING,
     ]
+
+
+def _audit(row: Row) -> str:
+    audit = row.audit
+    if audit is None:
+        return "not audited"
+    in_float = f" ({audit.refuted_in_float} in float)" if audit.refuted_in_float else ""
+    seeds = "" if audit.seeds == len(row.seeds) else f", {audit.seeds} of {len(row.seeds)} seeds"
+    return f"refuted {audit.refuted}{in_float} of {audit.tried}{seeds}"
 
 
 def _reference(published: Published) -> list[str]:
@@ -123,11 +136,33 @@ def _signed(value: float | None) -> str:
 
 def markdown(board: Board) -> str:
     """The board as a Markdown page: title, table, and a foot that says how to read it."""
-    lines = [[escape_markdown(cell) for cell in line] for _, line in cells(board)]
-    align = ["left"] * _LEFT + ["right"] * (len(HEADERS) - _LEFT)
     foot = "\n".join(f"* {line}" for line in _foot(board))
     title = escape_markdown(board.title)
-    return f"{MARKER}\n\n# {title}\n\n{_pipe(HEADERS, lines, align)}\n\n{foot}\n"
+    parts = [MARKER, f"# {title}", _markdown_table(board.rows) if board.rows else "No row stands."]
+    if board.voided:
+        why = "\n".join(f"* {escape_markdown(_voided(row))}" for row in board.voided)
+        parts += ["## Voided", _VOIDED, _markdown_table(board.voided), why, "## Notes"]
+    return "\n\n".join([*parts, foot]) + "\n"
+
+
+def _markdown_table(rows: Iterable[Row]) -> str:
+    lines = [[escape_markdown(cell) for cell in line] for _, line in cells(rows)]
+    return _pipe(HEADERS, lines, ["left"] * _LEFT + ["right"] * (len(HEADERS) - _LEFT))
+
+
+_VOIDED = "An attack refuted at least one proof of these rows, so no figure of theirs counts and they are not ranked."
+
+
+def _voided(row: Row) -> str:
+    assert row.audit is not None  # a row is voided by its audit
+    return (
+        f"{row.method}, {row.recipe}: {row.audit.refuted} refuted of {row.audit.tried} certificates, in run "
+        f"{', '.join(row.audit.refuted_runs)}, attacked with {_attacks(row.audit)}."
+    )
+
+
+def _attacks(audit: Audited) -> str:
+    return ", ".join(f"{name} (settings {digest[:8]})" for name, digest in audit.attacks)
 
 
 def index(found: Sequence[Board]) -> str:
@@ -147,7 +182,7 @@ _DERIVED = "Derived by `certbench leaderboard build` from the rows in `results/`
 
 
 def _foot(board: Board) -> Iterable[str]:
-    rows = board.rows
+    rows = (*board.rows, *board.voided)
     yield f"Protocol: {escape_markdown(board.protocol)}."
     caps = sorted({row.cap for row in rows if row.cap is not None})
     if caps:
@@ -166,12 +201,32 @@ def _foot(board: Board) -> Iterable[str]:
         "clean and certified: mean over seeds ± sample standard deviation, percent of images. ACR: mean certified "
         "radius over all images, up to the cap, misclassified ones counting 0; incomplete where a radius is unknown."
     )
+    yield from _audit_foot(rows)
     yield "unknown (abstained included), falsified and failed (timeout or error) count images over all seeds."
     if not all(row.complete for row in rows):
         yield "A row with n of N images is incomplete: it stands below all complete rows and is not comparable to them."
     if any(row.published for row in rows):
         yield "Δ: measured minus published, in percentage points."
     yield _DERIVED
+
+
+def _audit_foot(rows: Sequence[Row]) -> Iterable[str]:
+    attacks = sorted({attack for row in rows if row.audit for attack in row.audit.attacks})
+    if attacks:
+        named = ", ".join(f"{escape_markdown(name)} (settings {digest[:8]})" for name, digest in attacks)
+        yield f"Attacked with {named}."
+        yield (
+            "attacked: images that are correct and withstood every attack at the table's radius, percent; empty unless "
+            "all correct ones were attacked. certified is at most attacked, and attacked at most clean."
+        )
+        yield (
+            "audit: refuted k of n, n certificates attacked at their own radius. A witness counts if it holds at the "
+            "level of the guarantee; one that only floating point sees is counted as in float and voids nothing. What "
+            "was not refuted is not proved by that."
+        )
+        yield "An image that the certifier left unknown and an attack broke counts as falsified."
+    if any(row.audit is None for row in rows):
+        yield "not audited: no attack on this row's certificates is recorded; see `certbench audit`."
 
 
 def _epochs(method: str, recipe: str, variant: str, epochs: Sequence[int]) -> str:
@@ -200,7 +255,7 @@ def printable(text: str) -> str:
 def records(board: Board) -> list[dict[str, Any]]:
     """The board in full precision, one flat record per measured or published row; all have the same keys."""
     found = []
-    for row in board.rows:
+    for row in (*board.rows, *board.voided):
         found.append(_measured_record(board, row))
         found += [_published_record(board, row, published) for published in row.published]
     return found
@@ -223,7 +278,7 @@ def _common(board: Board, row: Row, kind: str) -> dict[str, Any]:
 
 def _measured_record(board: Board, row: Row) -> dict[str, Any]:
     return {
-        **_common(board, row, "measured"),
+        **_common(board, row, "voided" if row.void else "measured"),
         "certifier": row.certifier,
         "settings_digest": row.settings_digest,
         "guarantee": row.guarantee,
@@ -235,6 +290,13 @@ def _measured_record(board: Board, row: Row) -> dict[str, Any]:
         "images": row.images,
         "expected_images": row.expected,
         **_figures(row.clean, row.certified),
+        "attacked_accuracy": row.attacked.mean if row.attacked else None,
+        "attacked_accuracy_std": row.attacked.deviation if row.attacked else None,
+        "audited_seeds": row.audit.seeds if row.audit else 0,
+        "audited": row.audit.tried if row.audit else None,
+        "refuted": row.audit.refuted if row.audit else None,
+        "refuted_in_float": row.audit.refuted_in_float if row.audit else None,
+        "attacks": " ".join(f"{name}:{digest}" for name, digest in row.audit.attacks) if row.audit else None,
         "acr": row.acr.mean if row.acr else None,
         "acr_std": row.acr.deviation if row.acr else None,
         "acr_of_cap": row.acr_of_cap,
@@ -298,7 +360,7 @@ def marked(board: Board) -> list[list[str]]:
     best = {column: board.best(column) for column in ("clean", "certified")}
     lines = []
     place = -1
-    for row, line in cells(board):
+    for row, line in cells(board.rows):
         shown = [printable(cell) for cell in line]
         if isinstance(row, Row):
             place += 1
@@ -311,5 +373,14 @@ def marked(board: Board) -> list[list[str]]:
 def plain(board: Board) -> str:
     """The board as text for a terminal or a pipe."""
     align = ["left"] * _LEFT + ["right"] * (len(HEADERS) - _LEFT)
-    table = tabulate(marked(board), headers=HEADERS, tablefmt="simple", colalign=align, disable_numparse=True)
-    return f"{printable(board.name)} (protocol {printable(board.protocol)}; * best)\n\n{table}\n"
+    lines = marked(board)
+    table = "No row stands."
+    if lines:
+        table = tabulate(lines, headers=HEADERS, tablefmt="simple", colalign=align, disable_numparse=True)
+    below = "".join(f"\n{line}" for line in voided(board))
+    return f"{printable(board.name)} (protocol {printable(board.protocol)}; * best)\n\n{table}\n{below}"
+
+
+def voided(board: Board) -> list[str]:
+    """What stands below a board in a terminal: a line for every voided row, none where there is none."""
+    return [f"Voided: {printable(_voided(row))}" for row in board.voided]

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from certbench.leaderboard.board import Board
-from certbench.leaderboard.tables import HEADERS, marked, printable
+from certbench.leaderboard.tables import HEADERS, marked, printable, voided
 
 _NAMES = 5
 _BORDER = 3  # padding and line of one column
@@ -29,6 +29,8 @@ _FIRST_TO_GO = (
     "ACR",
     "certifier",
     "Δ certified",
+    "audit",
+    "attacked %",
 )
 
 
@@ -54,12 +56,14 @@ def show_board(board: Board, console: Console | None = None) -> None:
             *(Text(line[place]) for place in used), style=style
         )  # Text: no markup is read from names
     console.print(table)
+    for words in voided(board):
+        console.print(Text(words), style="bold red")
 
 
 def _fitting(filled: Sequence[int], lines: Sequence[Sequence[str]], width: int) -> list[int]:
     """The columns to show: the least telling go first, until the rest fits."""
     used = list(filled)
-    needed = {p: _BORDER + max(len(HEADERS[p]), *(len(line[p]) for line in lines)) for p in used}
+    needed = {p: _BORDER + max([len(HEADERS[p]), *(len(line[p]) for line in lines)]) for p in used}
     for header in _FIRST_TO_GO:
         if sum(needed[place] for place in used) < width:
             break

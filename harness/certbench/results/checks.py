@@ -1,4 +1,4 @@
-"""The rules that hold between tables: certificates against their run, and runs against each other."""
+"""The rules that hold between tables: certificates against their run, audits against both, runs against each other."""
 
 from __future__ import annotations
 
@@ -63,6 +63,39 @@ class CrossCheck:
         self._images[run["dataset_digest"]] = pa.concat_tables([known, new])
 
 
+def audit_problems(audits: pa.Table, certificates: pa.Table, run: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the audits of one run's certificates by one certifier; each problem is one line."""
+    where = f"run {run['run_id']}, certifier {audits.column('certifier')[0].as_py()}"
+    wanted = ["index", "label", "prediction", "verdict", "radius"]
+    both = audits.join(certificates.select(wanted), keys="index", join_type="left outer")
+    own = pc.equal(both.column("kind"), "certified_radius")
+    certified = pc.equal(both.column("verdict"), "certified")
+    outcome, ball = both.column("outcome"), both.column("ball_radius")
+    asked = round_down(parse_fraction(run["radius"])) if run["radius"] is not None else math.nan
+    broken = {
+        "was audited but never certified": pc.is_null(both.column("verdict")),
+        "was audited though its prediction is not the label": pc.invert(
+            pc.fill_null(pc.equal(both.column("prediction"), both.column("label")), False)
+        ),
+        "was not attacked at its certified radius": pc.and_(
+            own, pc.invert(pc.fill_null(pc.equal(ball, both.column("radius")), False))
+        ),
+        "was not attacked at the recipe's radius": pc.and_(pc.invert(own), pc.not_equal(ball, asked)),
+        "is refuted, but nothing was certified": pc.and_(
+            pc.and_(pc.invert(own), pc.starts_with(outcome, "refuted")), pc.invert(certified)
+        ),
+        "is certified and falsified, which is to be refuted": pc.and_(
+            pc.starts_with(outcome, "falsified"), certified
+        ),
+    }
+    found = []
+    for problem, mask in broken.items():
+        images = both.column("index").filter(pc.fill_null(mask, False))
+        if len(images):
+            found.append(f"{where}: image {pc.min(images).as_py()} {problem}")
+    return found
+
+
 def _uniform(shard: pa.Table) -> Iterator[str]:
     for name in ("guarantee", "deploy"):
         values = pc.unique(shard.column(name)).to_pylist()
@@ -99,7 +132,7 @@ def check_store(store: ResultStore) -> list[str]:
     certificates = store.paths("certificates")  # listed before the runs, which are always written first
     runs: dict[str, dict[str, Any]] = {}
     for name in TABLES:
-        if name == "certificates":
+        if name in ("certificates", "audits"):
             continue
         for path in store.paths(name):
             try:
@@ -115,4 +148,19 @@ def check_store(store: ResultStore) -> list[str]:
             found += check.problems(store.load("certificates", path))
         except DataError as error:
             found.append(str(error))
+    for path in store.paths("audits"):
+        try:
+            found += _audit_file(store, store.load("audits", path), runs)
+        except DataError as error:
+            found.append(str(error))
     return found
+
+
+def _audit_file(store: ResultStore, audits: pa.Table, runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    run_id, certifier, settings_digest = (
+        audits.column(name)[0].as_py() for name in ("run_id", "certifier", "settings_digest")
+    )
+    certificates = store.certificates(run_id, certifier, settings_digest)
+    if run_id not in runs or not certificates.num_rows:
+        return [f"run {run_id}, certifier {certifier}: has audits but no run or no certificates"]
+    return audit_problems(audits, certificates, runs[run_id])

@@ -13,19 +13,25 @@ from typing import Any, get_args
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from certbench.contract import Guarantee, Verdict
+from certbench.contract import Guarantee, Outcome, Verdict
 from certbench.errors import DataError
 from certbench.results.schema import table_spec
 
 VERDICTS: tuple[str, ...] = get_args(Verdict)
 GUARANTEES: tuple[str, ...] = get_args(Guarantee)
+OUTCOMES: tuple[str, ...] = get_args(Outcome)
+WITNESSED = ("falsified", "falsified_in_float", "refuted", "refuted_in_float")
+"""Outcomes of balls in which an attack found a flip."""
+UNDECIDED = ("error", "not_attacked")
+"""Outcomes of balls that another try may decide."""
+KINDS = ("recipe_radius", "certified_radius")
 FAILURES = ("error", "timeout", "not_run")
 """Verdicts of images that were not decided: no radius, and no prediction, need be known."""
 
 RUN_ID = re.compile(r"[0-9a-f]{16}")
 DIGEST = re.compile(r"[0-9a-f]{8,64}")
 FRACTION = re.compile(r"[0-9]{1,18}(/[0-9]{1,18})?")
-STAGE = re.compile(r"train|audit|certify-.+-[0-9a-f]{8}")
+STAGE = re.compile(r"train|certify-.+-[0-9a-f]{8}|audit-.+-[0-9a-f]{8}")
 
 _AGREE = {  # a column, and where the recipe says the same
     "seed": ("seed",),
@@ -202,11 +208,16 @@ def _names(table: pa.Table) -> Iterator[str]:
     for name, known in (("verdict", VERDICTS), ("guarantee", GUARANTEES)):
         mask = pc.invert(pc.is_in(table.column(name), pa.array(known)))
         yield from _first(table, mask, f"{name} is none of {', '.join(known)}")
-    for name, pattern in (("run_id", RUN_ID), ("settings_digest", DIGEST)):
+    yield from _identifiers(table, ("certifier",), ("settings_digest",))
+
+
+def _identifiers(table: pa.Table, names: tuple[str, ...], digests: tuple[str, ...]) -> Iterator[str]:
+    for name, pattern in (("run_id", RUN_ID), *((digest, DIGEST) for digest in digests)):
         for value in pc.unique(table.column(name)).to_pylist():
             if not pattern.fullmatch(value):
                 yield f"{name} {value[:40]!r} is not a hexadecimal digest"
-    yield from _first(table, pc.equal(table.column("certifier"), ""), "certifier is empty")
+    for name in names:
+        yield from _first(table, pc.equal(table.column(name), ""), f"{name} is empty")
 
 
 def _not_positive(values: Any) -> Any:
@@ -234,6 +245,34 @@ def _first(table: pa.Table, mask: Any, problem: str) -> Iterator[str]:
         yield f"image {row.column('index')[0].as_py()} of run {row.column('run_id')[0].as_py()[:40]!r}: {problem}"
 
 
+# Audits ------------------------------------------------------------------------------------------------------------
+
+
+def _audit_rules(table: pa.Table) -> Iterator[str]:
+    for name, known in (("outcome", OUTCOMES), ("kind", KINDS)):
+        mask = pc.invert(pc.is_in(table.column(name), pa.array(known)))
+        yield from _first(table, mask, f"{name} is none of {', '.join(known)}")
+    yield from _identifiers(table, ("certifier", "attack"), ("settings_digest", "attack_settings_digest"))
+    radius, found, distance = table.column("ball_radius"), table.column("found"), table.column("distance")
+    witnessed = pc.is_in(table.column("outcome"), pa.array(WITNESSED))
+    falsified = pc.starts_with(table.column("outcome"), "falsified")
+    inside = pc.and_(pc.greater_equal(distance, 0.0), pc.less_equal(distance, radius))
+    broken = {
+        "index is negative": pc.less(table.column("index"), 0),
+        "ball_radius is not a positive number": pc.invert(
+            pc.and_(pc.is_finite(radius), pc.greater(radius, 0.0))
+        ),
+        "found contradicts the outcome": pc.not_equal(found, witnessed),
+        "found without a distance within the ball": pc.and_(found, pc.invert(pc.fill_null(inside, False))),
+        "has a distance though nothing was found": pc.and_(pc.invert(found), pc.is_valid(distance)),
+        "is falsified at a certified radius, which is to be refuted": pc.and_(
+            falsified, pc.equal(table.column("kind"), "certified_radius")
+        ),
+    }
+    for problem, mask in broken.items():
+        yield from _first(table, mask, problem)
+
+
 # Timings -----------------------------------------------------------------------------------------------------------
 
 
@@ -247,7 +286,7 @@ def _timing_problems(row: Mapping[str, Any]) -> Iterator[str]:
     if not RUN_ID.fullmatch(row["run_id"]):
         yield "a run id has sixteen hexadecimal digits"
     if not STAGE.fullmatch(row["stage"]):
-        yield "a stage is train, audit, or certify-<certifier>-<first 8 digits of its settings digest>"
+        yield "a stage is train, or certify-<certifier> or audit-<certifier>-... with 8 digits of a settings digest"
     if row["shard"] < 0:
         yield "shard is negative"
     if not (math.isfinite(row["seconds"]) and row["seconds"] >= 0):
@@ -271,5 +310,6 @@ def _is_utc(text: str) -> bool:
 _RULES: dict[str, Callable[[pa.Table], Iterator[str]]] = {
     "runs": _run_rules,
     "certificates": _certificate_rules,
+    "audits": _audit_rules,
     "timings": _timing_rules,
 }

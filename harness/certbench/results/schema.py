@@ -99,6 +99,30 @@ CERTIFICATES = TableSpec(
 )
 """One row per image and certifier. ``prediction`` is null where none was made, ``radius`` where none is known."""
 
+AUDITS = TableSpec(
+    name="audits",
+    schema=pa.schema(
+        [
+            _required("run_id", pa.string()),
+            _required("certifier", pa.string()),
+            _required("settings_digest", pa.string()),
+            _required("index", pa.int32()),
+            _required("attack", pa.string()),
+            _required("attack_settings_digest", pa.string()),
+            _required("ball_radius", pa.float64()),
+            _required("kind", pa.string()),
+            _required("found", pa.bool_()),
+            pa.field("distance", pa.float64()),
+            _required("outcome", pa.string()),
+        ]
+    ),
+    key=("run_id", "certifier", "settings_digest", "attack", "attack_settings_digest", "index", "kind"),
+    shard=("run_id", "certifier", "settings_digest", "attack", "attack_settings_digest"),
+)
+"""One row per image, attack and ``kind`` of ball: ``recipe_radius`` for every correct image, ``certified_radius`` for
+every image with a proved radius. ``found``: the attack flipped the deployed network; ``outcome`` says at which level
+that holds. ``distance`` is that of the witness, rounded up. They stand beside certificates and never change them."""
+
 TIMINGS = TableSpec(
     name="timings",
     schema=pa.schema(
@@ -119,7 +143,7 @@ TIMINGS = TableSpec(
 and each one that resumes it) adds its own row, so a stage has cost the sum of its rows. ``shard`` is 0 where the work
 is not split."""
 
-TABLES = {spec.name: spec for spec in (RUNS, CERTIFICATES, TIMINGS)}
+TABLES = {spec.name: spec for spec in (RUNS, CERTIFICATES, AUDITS, TIMINGS)}
 
 
 def table_spec(name: str) -> TableSpec:

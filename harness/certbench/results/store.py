@@ -1,6 +1,7 @@
-"""The folder of rows: one Parquet file per run, per run and certifier, and per run and stage.
+"""The folder of rows: one Parquet file per run, per run and certifier, per attack on those, and per run and stage.
 
-``<folder>/runs/<run>.parquet``, ``<folder>/certificates/<run>-<certifier>-<settings>.parquet`` and
+``<folder>/runs/<run>.parquet``, ``<folder>/certificates/<run>-<certifier>-<settings>.parquet``,
+``<folder>/audits/<run>-<certifier>-<settings>-<attack>-<its settings>.parquet`` and
 ``<folder>/timings/<run>-<stage>.parquet``. Every file is replaced as a whole, and only its owner writes it: one
 process works on a run at a time. Readers may come at any moment; they see each file before or after a write.
 """
@@ -20,8 +21,8 @@ import pyarrow.compute as pc
 
 from certbench.errors import DataError, RunError, nearest
 from certbench.results.files import decode, encode, write_atomically
-from certbench.results.rules import FAILURES, check_table
-from certbench.results.schema import CERTIFICATES, RUNS, TIMINGS, TableSpec, table_spec
+from certbench.results.rules import FAILURES, UNDECIDED, check_table
+from certbench.results.schema import AUDITS, CERTIFICATES, RUNS, TIMINGS, TableSpec, table_spec
 
 Merge = Callable[[pa.Table, pa.Table, str], pa.Table]
 
@@ -29,6 +30,11 @@ Merge = Callable[[pa.Table, pa.Table, str], pa.Table]
 def certify_stage(certifier: str, settings_digest: str) -> str:
     """The name under which the time of one certifier is kept, since a run may be certified by several."""
     return f"certify-{certifier}-{settings_digest[:8]}"
+
+
+def audit_stage(certifier: str, settings_digest: str, attack: str, attack_settings_digest: str) -> str:
+    """The name under which the time of one attack on one certifier's certificates is kept."""
+    return f"audit-{certifier}-{settings_digest[:8]}-{attack}-{attack_settings_digest[:8]}"
 
 
 class ResultStore:
@@ -82,6 +88,34 @@ class ResultStore:
             CERTIFICATES, _as_table(CERTIFICATES, _spread({**columns, **own})), _join_certificates
         )
 
+    def write_audits(
+        self,
+        run_id: str,
+        certifier: str,
+        settings_digest: str,
+        attack: str,
+        attack_settings_digest: str,
+        columns: Mapping[str, Any],
+    ) -> Path:
+        """Record what one attack found; the certificates it attacked must be there and stay as they are.
+
+        ``columns`` maps column names to arrays with one entry per ball; NaN stands for an unknown distance. Rows join
+        those already there: balls may be added, and an undecided one (error, not_attacked) may be replaced; what was
+        found, or withstood, never changes.
+
+        Raises:
+            DataError: a column or row is wrong, or a recorded outcome would change.
+            RunError: the certificates are not recorded, or the folder cannot be written.
+        """
+        if not self.has_certificates(run_id, certifier, settings_digest):
+            raise RunError(
+                f"run {run_id!r} has no certificates by {certifier!r} in {self.folder}; "
+                "write_certificates comes before write_audits"
+            )
+        own = {"run_id": run_id, "certifier": certifier, "settings_digest": settings_digest}
+        by = {"attack": attack, "attack_settings_digest": attack_settings_digest}
+        return self._put(AUDITS, _as_table(AUDITS, _spread({**columns, **own, **by})), _join_audits)
+
     def write_timing(self, row: Mapping[str, Any]) -> Path:
         """Add what one session of a stage has cost; ``shard`` is 0 unless given. See :data:`schema.TIMINGS`.
 
@@ -128,6 +162,12 @@ class ResultStore:
     def has_certificates(self, run_id: str, certifier: str, settings_digest: str) -> bool:
         return self._named(CERTIFICATES, run_id, certifier, settings_digest).is_file()
 
+    def has_audits(
+        self, run_id: str, certifier: str, settings_digest: str, attack: str, attack_settings_digest: str
+    ) -> bool:
+        names = (run_id, certifier, settings_digest, attack, attack_settings_digest)
+        return self._named(AUDITS, *names).is_file()
+
     def has_timing(self, run_id: str, stage: str) -> bool:
         return self._named(TIMINGS, run_id, stage).is_file()
 
@@ -149,6 +189,24 @@ class ResultStore:
         path = self._named(CERTIFICATES, run_id, certifier, settings_digest)
         return self._load(CERTIFICATES, path) if path.exists() else CERTIFICATES.schema.empty_table()
 
+    def audits(self, run_id: str, certifier: str, settings_digest: str) -> pa.Table:
+        """What all attacks on one certifier's certificates found; an empty table where there were none.
+
+        Raises:
+            DataError: a file is damaged.
+        """
+        start = self._named(AUDITS, run_id, certifier, settings_digest, "", "").stem
+        tables = [
+            self._load(AUDITS, path) for path in self.paths(AUDITS.name) if path.name.startswith(start[:-1])
+        ]
+        rows = pa.concat_tables([AUDITS.schema.empty_table(), *tables])
+        # another certifier's name may begin alike in a file's name
+        mine = pc.and_(
+            pc.equal(rows.column("certifier"), certifier),
+            pc.equal(rows.column("settings_digest"), settings_digest),
+        )
+        return rows.filter(mine).combine_chunks()
+
     def paths(self, table: str) -> list[Path]:
         """The files of a table, in a fixed order."""
         folder = self.folder / table_spec(table).name
@@ -167,7 +225,7 @@ class ResultStore:
         return (self.load(table, path) for path in self.paths(table))
 
     def read(self, table: str) -> pa.Table:
-        """All rows of ``runs``, ``certificates`` or ``timings``, sorted; empty, with its columns, where there are none.
+        """All rows of a table, sorted; empty, with its columns, where there are none.
 
         Raises:
             UsageError: no such table.
@@ -207,7 +265,7 @@ class ResultStore:
 
     def _named(self, spec: TableSpec, *values: str) -> Path:
         parts = [
-            value[:8] if column == "settings_digest" else _safe(value)
+            value[:8] if column.endswith("settings_digest") else _safe(value)
             for column, value in zip(spec.shard, values, strict=True)
         ]
         return self.folder / spec.name / f"{'-'.join(parts)}.parquet"
@@ -227,7 +285,7 @@ def _spread(columns: Mapping[str, Any]) -> dict[str, Any]:
             f"columns of different lengths: {', '.join(f'{k} {len(v)}' for k, v in lists.items())}"
         )
     (rows,) = lengths
-    for name in ("radius", "margin"):
+    for name in ("radius", "margin", "distance"):
         if name in lists:
             lists[name] = [None if _is_nan(value) else value for value in lists[name]]
     if "prediction" in lists:
@@ -275,6 +333,18 @@ def _as_array(values: Any, kind: pa.DataType) -> pa.Array:
     if not (pa.types.is_null(found.type) or found.type.equals(kind) or all(numbers)):
         raise TypeError(f"holds {found.type}, not {kind}")
     return found.cast(kind)
+
+
+def _join_audits(old: pa.Table, new: pa.Table, where: str) -> pa.Table:
+    before = {(row["index"], row["kind"]): row for row in old.to_pylist()}
+    after = {(row["index"], row["kind"]): row for row in new.to_pylist()}
+    for key in before.keys() & after.keys():
+        if before[key]["outcome"] not in UNDECIDED and before[key] != after[key]:
+            raise DataError(
+                f"{where}: image {key[0]} {before[key]['outcome']} before and {after[key]['outcome']} now under one "
+                "attack; audits are never rewritten, so remove the file to start again"
+            )
+    return pa.Table.from_pylist(list((before | after).values()), schema=AUDITS.schema)
 
 
 def _join_certificates(old: pa.Table, new: pa.Table, where: str) -> pa.Table:
