@@ -12,6 +12,8 @@ MarginFunction = Callable[[Tensor, Tensor], Tensor]
 """(which images, one radius each) -> smallest margin bound of each, all of shape (images,)."""
 
 
+PATIENCE = 12
+"""Secant steps before bisection takes turns with them."""
 GRID = 8
 """Points of the downward scan for bounds that are not monotone in the radius."""
 
@@ -85,9 +87,10 @@ def largest_proved_radius(
     """Narrow every bracket below ``tolerance`` and return (proved radii, bound passes spent), both (images,).
 
     The margin of interval bounds is continuous, non-increasing and, for ReLU networks, piecewise linear in the
-    radius, so secant steps end once they are inside the last piece; the Illinois rule keeps both ends moving, every
-    fourth step bisects, and a step never lands nearer than half a tolerance to an end. Whatever the steps do, the
-    returned radius is one at which ``margin`` itself was positive. Images leave the batch when they are done.
+    radius, so secant steps end once they are inside the last piece. The rule of Anderson and Bjorck (BIT 13, 1973)
+    keeps both ends moving, a step never lands nearer than half a tolerance to an end, and after ``PATIENCE`` steps
+    every other one bisects, which bounds the passes whatever the margin does. The returned radius is one at which
+    ``margin`` itself was positive. Images leave the batch when they are done.
     """
     low, high = bracket.low.clone(), bracket.high.clone()
     f_low, f_high = bracket.margin_low.clone(), bracket.margin_high.clone()
@@ -98,21 +101,29 @@ def largest_proved_radius(
         if not len(active):
             break
         lo, hi = low[active], high[active]
-        probe = _probe(lo, f_low[active], hi, f_high[active], tolerance, bisect=step % 4 == 3)
+        probe = _probe(
+            lo, f_low[active], hi, f_high[active], tolerance, bisect=step >= PATIENCE and step % 2 == 0
+        )
         value = margin(active, probe)
         proved = value > 0  # NaN counts as not proved
         passes[active] += 1
-        # Illinois: an end that stays put twice in a row has its value halved, which pulls the next secant towards it
+        # An end that stays put twice in a row has its value reduced, which pulls the next secant towards it.
         side = torch.where(proved, 1, -1).to(torch.int8)
         repeated = side == last_side[active]
-        f_low[active] = torch.where(proved, value, torch.where(repeated, f_low[active] * 0.5, f_low[active]))
-        f_high[active] = torch.where(
-            proved, torch.where(repeated, f_high[active] * 0.5, f_high[active]), value
-        )
+        kept_low = torch.where(repeated, f_low[active] * _reduction(value, f_high[active]), f_low[active])
+        kept_high = torch.where(repeated, f_high[active] * _reduction(value, f_low[active]), f_high[active])
+        f_low[active] = torch.where(proved, value, kept_low)
+        f_high[active] = torch.where(proved, kept_high, value)
         low[active] = torch.where(proved, probe, lo)
         high[active] = torch.where(proved, hi, probe)
         last_side[active] = side
     return low, passes
+
+
+def _reduction(value: Tensor, replaced: Tensor) -> Tensor:
+    """By what the end that stayed is scaled, when ``value`` takes the place of the other one."""
+    factor = 1 - value / replaced
+    return torch.where(factor > 0, factor, 0.5)
 
 
 def _probe(lo: Tensor, f_lo: Tensor, hi: Tensor, f_hi: Tensor, tolerance: float, bisect: bool) -> Tensor:
