@@ -134,7 +134,8 @@ class Certificates:
 
     ``radius`` is rounded down and was itself proved; NaN where none is known (``error``, ``timeout``, ``not_run``),
     0 for a misclassified image. ``margin`` is the proved lower bound of (logit of the label) - (any other logit) at
-    the recipe's radius. ``verdict`` and ``proved_by`` hold strings; ``proved_by`` is empty where nothing was proved.
+    the recipe's radius. ``verdict`` and ``proved_by`` hold strings; ``proved_by`` is empty where nothing was proved;
+    ``ibp; radius crown`` where one bound proved the verdict and another the larger radius.
     """
 
     index: np.ndarray

@@ -12,6 +12,8 @@ MarginFunction = Callable[[Tensor, Tensor], Tensor]
 """(which images, one radius each) -> smallest margin bound of each, all of shape (images,)."""
 
 
+PATIENCE = 12
+"""Secant steps before bisection takes turns with them."""
 GRID = 8
 """Points of the downward scan for bounds that are not monotone in the radius."""
 
@@ -84,43 +86,52 @@ def largest_proved_radius(
 ) -> tuple[Tensor, Tensor]:
     """Narrow every bracket below ``tolerance`` and return (proved radii, bound passes spent), both (images,).
 
-    Chandrupatla's method (1997), in lockstep: inverse quadratic steps where three points look smooth enough, bisection
-    elsewhere. The margin of interval bounds is continuous, non-increasing and, for ReLU networks, piecewise linear in
-    the radius, so steps inside the last piece are exact. Whatever the steps do, the returned radius is one at which
+    The margin of interval bounds is continuous, non-increasing and, for ReLU networks, piecewise linear in the
+    radius, so secant steps end once they are inside the last piece. The rule of Anderson and Bjorck (BIT 13, 1973)
+    keeps both ends moving, a step never lands nearer than half a tolerance to an end, and after ``PATIENCE`` steps
+    every other one bisects, which bounds the passes whatever the margin does. The returned radius is one at which
     ``margin`` itself was positive. Images leave the batch when they are done.
     """
     low, high = bracket.low.clone(), bracket.high.clone()
-    x1, f1 = low.clone(), bracket.margin_low.clone()  # the newest point
-    x2, f2 = high.clone(), bracket.margin_high.clone()  # the newest point on the other side of the root
-    share = (f1 / (f1 - f2)).nan_to_num(0.5)  # of the way from x1 to x2: the first step is a secant
-    newest_proved = torch.ones_like(
-        low, dtype=torch.bool
-    )  # whether x1 is; a margin that is not known cannot tell
+    f_low, f_high = bracket.margin_low.clone(), bracket.margin_high.clone()
     passes = torch.zeros_like(low, dtype=torch.int32)
-    for _ in range(max_passes):
+    last_side = torch.zeros_like(low, dtype=torch.int8)
+    for step in range(max_passes):
         active = (high - low > tolerance).nonzero().squeeze(1)
         if not len(active):
             break
-        a, b, fa, fb = x1[active], x2[active], f1[active], f2[active]
-        inset = 0.5 * tolerance / (b - a).abs()
-        x = a + share[active].maximum(inset).minimum(1 - inset) * (b - a)
-        fx = margin(active, x)
-        proved = fx > 0  # NaN counts as not proved
+        lo, hi = low[active], high[active]
+        probe = _probe(
+            lo, f_low[active], hi, f_high[active], tolerance, bisect=step >= PATIENCE and step % 2 == 0
+        )
+        value = margin(active, probe)
+        proved = value > 0  # NaN counts as not proved
         passes[active] += 1
-        low[active] = torch.where(proved, x, low[active])
-        high[active] = torch.where(proved, high[active], x)
-        same_side = proved == newest_proved[active]
-        newest_proved[active] = proved
-        x3, f3 = torch.where(same_side, a, b), torch.where(same_side, fa, fb)
-        x2[active], f2[active] = torch.where(same_side, b, a), torch.where(same_side, fb, fa)
-        x1[active], f1[active] = x, fx
-        share[active] = _next_share(x, fx, x2[active], f2[active], x3, f3)
+        # An end that stays put twice in a row has its value reduced, which pulls the next secant towards it.
+        side = torch.where(proved, 1, -1).to(torch.int8)
+        repeated = side == last_side[active]
+        kept_low = torch.where(repeated, f_low[active] * _reduction(value, f_high[active]), f_low[active])
+        kept_high = torch.where(repeated, f_high[active] * _reduction(value, f_low[active]), f_high[active])
+        f_low[active] = torch.where(proved, value, kept_low)
+        f_high[active] = torch.where(proved, kept_high, value)
+        low[active] = torch.where(proved, probe, lo)
+        high[active] = torch.where(proved, hi, probe)
+        last_side[active] = side
     return low, passes
 
 
-def _next_share(x1: Tensor, f1: Tensor, x2: Tensor, f2: Tensor, x3: Tensor, f3: Tensor) -> Tensor:
-    """How far from x1 towards x2 the next point lies; 0.5 unless inverse quadratic interpolation is trustworthy."""
-    xi, phi = (x1 - x2) / (x3 - x2), (f1 - f2) / (f3 - f2)
-    smooth = (phi.square() < xi) & ((1 - phi).square() < 1 - xi)
-    quadratic = f1 / (f2 - f1) * f3 / (f2 - f3) + (x3 - x1) / (x2 - x1) * f1 / (f3 - f1) * f2 / (f3 - f2)
-    return torch.where(smooth & quadratic.isfinite(), quadratic, 0.5)
+def _reduction(value: Tensor, replaced: Tensor) -> Tensor:
+    """By what the end that stayed is scaled, when ``value`` takes the place of the other one."""
+    factor = 1 - value / replaced
+    return torch.where(factor > 0, factor, 0.5)
+
+
+def _probe(lo: Tensor, f_lo: Tensor, hi: Tensor, f_hi: Tensor, tolerance: float, bisect: bool) -> Tensor:
+    middle = (lo + hi) * 0.5
+    if bisect:
+        return middle
+    secant = lo + (hi - lo) * (f_lo / (f_lo - f_hi))
+    secant = torch.where(secant.isfinite(), secant, middle)
+    inset = 0.5 * tolerance
+    # Just below the root, not on it: there the sign of the margin would be decided by the last bit of a sum.
+    return (secant - 0.5 * inset).maximum(lo + inset).minimum(hi - inset)
