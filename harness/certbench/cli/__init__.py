@@ -15,6 +15,7 @@ COMMANDS = {
     "quickstart": "Train, certify and rank every method on the built-in digits.",
     "run": "Run recipes or suites: train, certify, record, rank.",
     "leaderboard": "Derive the leaderboards from their rows, check or show them.",
+    "export": "Write a run's network as ONNX and its images as VNN-LIB, for other verifiers.",
     "list": "List methods, recipes, suites, data sets, models, certifiers or plugins.",
     "data": "Find, fetch and verify data sets.",
     "doctor": "Show versions, devices, data and plugins, and what is wrong with them.",
