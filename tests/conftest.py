@@ -16,8 +16,12 @@ def oracle_folder() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    """Tests run in parallel processes; a thread pool in each would only make them wait for each other."""
+def _one_thread_and_one_seed() -> None:
+    """Tests run in parallel processes; a thread pool in each would only make them wait for each other.
+
+    They also begin with the same random numbers, so that a failure comes back.
+    """
     import torch
 
     torch.set_num_threads(1)
+    torch.manual_seed(20210312)

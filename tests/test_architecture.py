@@ -26,6 +26,7 @@ ALLOWED = {
     "audit": GROUND | {"contract", "data"},
     "training": CONTRACT | {"bounds", "data", "models"},
     "leaderboard": CONTRACT | {"results"},
+    "export": CONTRACT | {"models", "data", "results"},
     "recorded": CONTRACT | {"run", "training", "bounds", "results", "audit"},
     "run": CONTRACT | {"training", "audit", "bounds", "models", "data", "results"},
 }

@@ -882,6 +882,7 @@ def planted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     plugins = Plugins([point])
     monkeypatch.setattr("certbench.plugins.installed", lambda: plugins)
     monkeypatch.setattr("certbench.run.installed", lambda: plugins)
+    monkeypatch.setattr("certbench.recorded.installed", lambda: plugins)
     recipe = tmp_path / "planted.toml"
     recipe.write_text(
         'dataset = "digits"\nmodel = "cnn-small"\n[threat]\nradius = "0.02"\n[method]\nname = "planted"\n'
@@ -936,11 +937,11 @@ def test_an_honest_run_is_audited_once_and_again_on_request(
     assert row.attacked is not None and row.certified.mean <= row.attacked.mean <= row.clean.mean
     assert row.verdicts["falsified"] > 0
     capsys.readouterr()
-    assert command("audit", "zzz", "--out", str(out)) == 3 and "no run 'zzz'" in capsys.readouterr().err
+    assert command("audit", "zzz", "--out", str(out)) == 3 and "begins with 'zzz'" in capsys.readouterr().err
     assert command("audit", run, "--out", str(out), "--attack", "pdg") == 2
     (out / "runs" / run / "network.safetensors").unlink()
     assert command("audit", run, "--out", str(out), "--attack", "pgd-dlr") == 3
-    assert "its checkpoints are not in" in capsys.readouterr().err
+    assert "left no network in" in capsys.readouterr().err
 
 
 def test_a_failed_run_outweighs_a_refuted_one(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

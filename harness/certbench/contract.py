@@ -92,7 +92,8 @@ class TrainTask:
 
     ``settings`` is the method's own validated model. ``build_network`` returns a fresh network on ``device``, its
     first weights a function of recipe and seed alone, with the data set's normalisation inside: it takes raw pixels
-    in [0, 1], shape (batch, channels, height, width). ``folder`` holds the run's checkpoints.
+    in [0, 1], shape (batch, channels, height, width). ``folder`` holds the run's checkpoints. With ``only_load`` the
+    finished network is wanted and nothing may be trained.
     """
 
     recipe: Recipe
@@ -102,6 +103,7 @@ class TrainTask:
     folder: Path
     build_network: Callable[[], torch.nn.Module]
     reporter: Reporter = field(default_factory=SilentReporter)
+    only_load: bool = False
 
     @property
     def seed(self) -> int:

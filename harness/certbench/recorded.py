@@ -19,8 +19,8 @@ from certbench.errors import RunError, UsageError, nearest
 from certbench.plugins import Plugins, installed
 from certbench.recipe import validate
 from certbench.results.store import ResultStore
-from certbench.run import Run, RunOutcome, choose_device, digest_settings
-from certbench.training.checkpoint import load_latest, save_network
+from certbench.run import NETWORK, Run, RunOutcome, choose_device, digest_settings
+from certbench.training.checkpoint import save_network
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,9 @@ def load_run(
     )
     if run.dataset.digest != row["dataset_digest"]:
         raise RunError(f"run {identity} was made on another version of {recipe.dataset}")
-    checkpoint = load_latest(run.folder)
-    if checkpoint is None or checkpoint.epoch < recipe.train.epochs:
-        raise RunError(f"run {identity} has no finished checkpoint in {run.folder}; run its recipe again")
-    network = run.trained()
+    if not (run.folder / NETWORK).is_file():
+        raise RunError(f"run {identity} left no network in {run.folder}; run its recipe again")
+    network = run.trained(only_load=True)
     if _digest(network) != row["checkpoint_digest"]:
         raise RunError(
             f"the checkpoint in {run.folder} is not the network that run {identity} was recorded with"

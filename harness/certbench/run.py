@@ -177,7 +177,7 @@ class Run:
         self.store.write_run(self._run_row(network))  # no change where the same network is recorded already
         return network
 
-    def trained(self) -> nn.Module:
+    def trained(self, only_load: bool = False) -> nn.Module:
         """The network in evaluation mode, from the plugin, which trains only what its checkpoints do not hold."""
         task = TrainTask(
             recipe=self.recipe,
@@ -187,6 +187,7 @@ class Run:
             folder=self.folder,
             build_network=self.build_network,
             reporter=self.reporter,
+            only_load=only_load,
         )
         return self._ask_plugin("train", lambda: self.plugins.train(task)).eval()
 

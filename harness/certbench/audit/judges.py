@@ -24,7 +24,7 @@ class RealJudge:
         try:
             self._enclosure = Enclosure(network, shape)
         except UnsupportedError as error:
-            self.limit = str(error)
+            self.limit = str(error).splitlines()[0]
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         if self._enclosure is None:

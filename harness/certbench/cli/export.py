@@ -43,7 +43,7 @@ def command(
     data: str | None,
     out: str,
 ) -> None:
-    """Write a recorded run for other verifiers: its network as ONNX, its images as VNN-LIB properties.
+    """Write a recorded run for other verifiers: ONNX and VNN-LIB.
 
     RUN is a run id, or as much of its beginning as no other run under --out shares. A property asks whether an image
     is classified correctly in the whole ball of the recipe's radius; misclassified images have none. Without --onnx

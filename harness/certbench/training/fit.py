@@ -62,6 +62,10 @@ def fit(task: TrainTask, objective: Objective) -> nn.Module:
     loop.resume()
     first = len(loop.history) + 1
     if first <= settings.epochs:
+        if task.only_load:
+            raise RunError(
+                f"no finished checkpoint in {task.folder}: {first - 1} of {settings.epochs} epochs; run the recipe again"
+            )
         task.reporter.stage("train", settings.epochs * len(batches), "step")
     for epoch in range(first, settings.epochs + 1):
         loop.run_epoch(epoch)
