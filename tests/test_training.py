@@ -17,7 +17,7 @@ from certbench.data.files import load_dataset
 from certbench.errors import RunError
 from certbench.models import build_network
 from certbench.recipe import Train, parse_recipe
-from certbench.training import Step, fit
+from certbench.training import SmoothedRamp, Step, fit
 from certbench.training.checkpoint import load_latest
 from certbench.training.fit import learning_rate
 
@@ -163,6 +163,12 @@ def test_a_checkpoint_folder_that_cannot_be_written_is_named(digits: Dataset, tm
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(RunError, match="cannot write checkpoint .*file"):
         fit(task(digits, tmp_path / "file", epochs=1), CrossEntropy())
+
+
+def test_a_ramp_of_a_few_batches_is_linear() -> None:
+    ramp = SmoothedRamp(0.4, start=1, length=1, batches_per_epoch=2)
+    assert [ramp(k) for k in range(4)] == [0.0, 0.2, 0.4, 0.4]
+    assert SmoothedRamp(0.4, 1, 1, 1)(1) == 0.4
 
 
 def test_milestones_lower_the_rate_from_the_next_epoch_on() -> None:

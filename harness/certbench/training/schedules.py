@@ -47,6 +47,8 @@ class SmoothedRamp:
             return 0.0
         if batch >= k1:
             return self.target
+        if km == k0:  # a ramp of a few batches has no polynomial part
+            return self.target * (batch - k0) / (k1 - k0)
         beta = self.beta
         A = self.target / ((k1 - km) * beta * (km - k0) ** (beta - 1) + (km - k0) ** beta)
         if batch < km:

@@ -24,7 +24,7 @@ def register_methods() -> list[MethodCard]:
             summary="IBP training with IBP initialisation, full batch norm and warm-up regularisers",
             paper="Shi, Wang, Zhang, Yi, Hsieh: Fast Certified Robust Training with Short Warmup, arXiv 2103.17268",
             norm="linf",
-            guarantee="real_arith",
+            guarantee="float_sound",
             settings=FastIBPSettings,
             recipes=files("certbench_fast_ibp") / "recipes",
             certifier="ibp",
