@@ -931,13 +931,13 @@ def test_an_honest_run_is_audited_once_and_again_on_request(
     assert sorted(set(store.read("audits").column("attack").to_pylist())) == ["pgd", "standard"]
     assert store.paths("certificates")[0].read_bytes() == certificates and check_store(store) == []
     stages = set(store.read("timings").column("stage").to_pylist())
-    assert any(stage.startswith("audit-ibp-") and "-pgd-" in stage for stage in stages)
+    assert any(stage.startswith("audit-planted-") and "-pgd-" in stage for stage in stages)
     (row,) = boards(store)[0].rows
     assert row.audit is not None and row.audit.refuted == 0 and len(row.audit.attacks) == 2
     assert row.attacked is not None and row.certified.mean <= row.attacked.mean <= row.clean.mean
     assert row.verdicts["falsified"] > 0
     capsys.readouterr()
-    assert command("audit", "zzz", "--out", str(out)) == 3 and "begins with 'zzz'" in capsys.readouterr().err
+    assert command("audit", "zzz", "--out", str(out)) == 2 and "begins with 'zzz'" in capsys.readouterr().err
     assert command("audit", run, "--out", str(out), "--attack", "pdg") == 2
     (out / "runs" / run / "network.safetensors").unlink()
     assert command("audit", run, "--out", str(out), "--attack", "pgd-dlr") == 3

@@ -161,7 +161,7 @@ def test_train_goes_only_to_the_owner() -> None:
     found = plugins(a=Toy("first"), b=Toy("second", "third"), c=Mute())
     assert found.train(FakeTask("first")) == ("first",)  # type: ignore[arg-type]
     assert found.train(FakeTask("third")) == ("second", "third")  # type: ignore[arg-type]
-    assert found.certify(FakeTask("third")) is None  # type: ignore[arg-type]
+    assert not found.has_certifier("third")
     with pytest.raises(Exception, match="toy-c has no train hook for 'mute'"):
         found.train(FakeTask("mute"))  # type: ignore[arg-type]
 
@@ -187,6 +187,88 @@ def test_method_settings_are_checked_by_the_methods_own_model() -> None:
         found.resolve(parse_recipe({**table, "method": {"name": "first", "strenght": 1}}, "r"))
     with pytest.raises(UsageError, match="unknown method 'frist'; did you mean 'first'"):
         found.resolve(parse_recipe({**table, "method": {"name": "frist"}}, "r"))
+
+
+class Raising(Toy):
+    """Breaks while it trains."""
+
+    @hookimpl
+    def train(self, task: Any) -> Any:
+        raise ValueError("boom\nsecond line")
+
+
+class SelfCertifying(Toy):
+    """Trains nothing and certifies everything by a method of its own."""
+
+    @hookimpl
+    def train(self, task: Any) -> Any:
+        return task.build_network()
+
+    @hookimpl
+    def certify(self, task: Any) -> Any:
+        import numpy as np
+
+        from certbench.contract import Certificates
+
+        count = len(task.split)
+        yield Certificates(
+            index=np.arange(task.start, task.start + count),
+            prediction=task.split.labels.numpy(),
+            verdict=np.full(count, "unknown", dtype=object),
+            radius=np.zeros(count),
+            margin=np.full(count, -1.0),
+            proved_by=np.full(count, "", dtype=object),
+            passes=np.ones(count, dtype=np.int32),
+            guarantee="real_arith",
+        )
+
+
+def digits_recipe(method: str) -> Any:
+    return parse_recipe(
+        {
+            "dataset": "digits",
+            "model": "cnn-small",
+            "threat": {"radius": "0.1"},
+            "method": {"name": method},
+            "train": {"epochs": 1},
+        },
+        f"{method}/digits",
+    )
+
+
+def test_a_plugin_that_raises_in_train_is_one_line_and_what_was_recorded_stays(tmp_path: Path) -> None:
+    from certbench.errors import RunError
+    from certbench.run import run_recipe
+
+    found = plugins(own=SelfCertifying("own"), bad=Raising("bad"))
+    run_recipe(found.resolve(digits_recipe("own")), out=tmp_path, device="cpu", plugins=found, attack=None)
+    before = {p: p.read_bytes() for p in (tmp_path / "results").rglob("*.parquet")}
+    with pytest.raises(
+        RunError, match="plugin toy-bad failed in train: ValueError: boom second line"
+    ) as caught:
+        run_recipe(found.resolve(digits_recipe("bad")), out=tmp_path, device="cpu", plugins=found)
+    assert "\n" not in str(caught.value)
+    (report,) = tmp_path.glob("runs/*/error.txt")
+    assert str(report) in str(caught.value)
+    assert "Traceback" in report.read_text()
+    assert {p: p.read_bytes() for p in (tmp_path / "results").rglob("*.parquet")} == before
+
+
+def test_rows_of_a_plugins_own_certifier_carry_its_name_and_the_cores_do_not(tmp_path: Path) -> None:
+    from certbench.results.store import ResultStore
+    from certbench.run import run_recipe
+
+    found = plugins(own=SelfCertifying("own"))
+    for certifier in (None, "crown-ibp"):
+        recipe = digits_recipe("own")
+        table = recipe.canonical()
+        table["certify"]["certifier"] = certifier
+        resolved = found.resolve(type(recipe).model_validate(table))
+        run_recipe(resolved, out=tmp_path, device="cpu", plugins=found, attack=None)
+    rows = ResultStore(tmp_path / "results").read("certificates").to_pandas()
+    assert set(rows["certifier"]) == {"own", "crown-ibp"}
+    assert set(rows.loc[rows["certifier"] == "own", "margin"]) == {-1.0}
+    assert len(set(rows.loc[rows["certifier"] == "crown-ibp", "margin"])) > 100
 
 
 def test_hook_specifications_hold_no_logic() -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from certbench.run import RunOutcome
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load_results", "run_recipe"]
+__all__ = ["__version__", "certify", "load_results", "run_recipe"]
 
 
 def run_recipe(recipe: str | Path, **options: Any) -> RunOutcome:
@@ -26,8 +26,21 @@ def run_recipe(recipe: str | Path, **options: Any) -> RunOutcome:
     return run(recipe, **options)
 
 
+def certify(run_id: str, *, out: str | Path = "certbench-out", **changes: Any) -> RunOutcome:
+    """Certify a finished run again with other settings: ``certifier``, ``guarantee``, ``deploy``.
+
+    See :func:`certbench.recorded.certify_again`, which also takes ``radius``, ``attack``, ``data``, ``device`` and ``reporter``.
+    """
+    from certbench.recorded import certify_again
+
+    options = {
+        key: changes.pop(key) for key in ("radius", "attack", "data", "device", "reporter") if key in changes
+    }
+    return certify_again(run_id, changes, out=out, **options)
+
+
 def load_results(folder: str | Path, table: str = "certificates") -> pd.DataFrame:
-    """One table (``runs``, ``certificates`` or ``timings``) of a folder that runs were written to, as a pandas frame."""
+    """One table (``runs``, ``certificates``, ``audits`` or ``timings``) of a folder that runs were written to, as a pandas frame."""
     from pathlib import Path
 
     from certbench.results.store import ResultStore

@@ -45,7 +45,9 @@ def train(task: TrainTask) -> torch.nn.Module:  # type: ignore[empty-body]  # a 
 def certify(task: CertifyTask) -> Iterable[Certificates]:  # type: ignore[empty-body]  # a specification has no body
     """Decide every image of ``task.split``, in order.
 
-    Optional: a plugin without it gets the certifier that its card or the recipe names. The network comes in
+    Optional: a plugin without it gets the certifier that its card or the recipe names. A plugin with it certifies its
+    methods itself wherever a recipe does not name another certifier than the card's; the rows then carry the method's
+    name as their certifier. The network comes in
     evaluation mode and must come back unchanged. Every image gets exactly one certificate; what could not be decided
     is named by its verdict and never left out.
     """

@@ -120,8 +120,12 @@ class Plugins:
             raise RunError(f"plugin {owned.plugin.distribution} has no train hook for {owned.card.name!r}")
         return network  # type: ignore[no-any-return]  # pluggy's callers are untyped
 
-    def certify(self, task: CertifyTask) -> Iterable[Certificates] | None:
-        """The owner's own certificates, or None where it leaves certification to the core."""
+    def has_certifier(self, method: str) -> bool:
+        """Whether the owner of a method brings a certifier of its own."""
+        return bool(self._caller("certify", self.owner(method).plugin).get_hookimpls())
+
+    def certify(self, task: CertifyTask) -> Iterable[Certificates]:
+        """The certificates of the owner's own certifier."""
         owned = self.owner(task.recipe.method.name)
         return self._caller("certify", owned.plugin)(task=task)  # type: ignore[no-any-return]  # as above
 

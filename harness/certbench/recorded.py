@@ -13,13 +13,20 @@ import numpy as np
 from torch import nn
 
 from certbench.audit.registry import DEFAULT, find_attack
-from certbench.bounds.certifiers import find_certifier
 from certbench.contract import Reporter, SilentReporter
 from certbench.errors import RunError, UsageError, nearest
 from certbench.plugins import Plugins, installed
 from certbench.recipe import validate
 from certbench.results.store import ResultStore
-from certbench.run import NETWORK, Run, RunOutcome, choose_device, digest_settings
+from certbench.run import (
+    NETWORK,
+    CertificateSet,
+    Run,
+    RunOutcome,
+    choose_certifier,
+    choose_device,
+    digest_settings,
+)
 from certbench.training.checkpoint import save_network
 
 
@@ -97,7 +104,9 @@ def audit_again(
     plugins: Plugins | None = None,
     reporter: Reporter | None = None,
 ) -> RunOutcome:
-    """Attack the certificates of a finished run; rows join the store, and a refuted proof counts in the outcome.
+    """Attack every set of certificates of a finished run, whichever certifier and guarantee it has.
+
+    Rows join the store, and a refuted proof of any set counts in the outcome.
 
     Raises:
         CertbenchError: anything that went wrong, in one line.
@@ -105,15 +114,22 @@ def audit_again(
     chosen = find_attack(attack)
     recorded = load_run(prefix, out, data, device, plugins, reporter)
     run = recorded.run
-    if not run.is_certified:
+    sets = run.store.certificate_sets(run.id)
+    if not sets:
         raise RunError(
-            f"run {run.id} has no certificates by {run.certifier.name} in {run.store.folder}; `certbench certify` makes them"
+            f"run {run.id} has no certificates in {run.store.folder}; `certbench certify` makes them"
         )
-    if run.is_audited(chosen):
-        run.reporter.say(f"{run.recipe.name}: run {run.id} is already audited with {chosen.name}")
-    else:
-        run.audit(recorded.network, chosen)
-    return run.outcome()
+    for certificates in sets:
+        if run.is_audited(chosen, certificates):
+            run.reporter.say(f"{run.recipe.name}: {certificates[1]} is already audited with {chosen.name}")
+        else:
+            run.audit(recorded.network, chosen, certificates)
+    return replace(run.outcome(), refuted=sum(_refuted(run.store, of) for of in sets))
+
+
+def _refuted(store: ResultStore, certificates: CertificateSet) -> int:
+    outcomes = store.audits(*certificates).to_pandas()
+    return int(outcomes.loc[outcomes["outcome"] == "refuted", "index"].nunique())
 
 
 def certify_again(
@@ -121,13 +137,14 @@ def certify_again(
     changes: Mapping[str, str],
     radius: str | None = None,
     *,
+    attack: str | None = DEFAULT,
     out: str | Path = "certbench-out",
     data: str | Path | None = None,
     device: str = "auto",
     plugins: Plugins | None = None,
     reporter: Reporter | None = None,
 ) -> RunOutcome:
-    """Certify a finished run with ``changes`` of its ``[certify]`` table; rows join the store.
+    """Certify a finished run with ``changes`` of its ``[certify]`` table and audit the result; rows join the store.
 
     Rows are about the recipe's radius. Where another ``radius`` is asked for, nothing is recorded, and the outcome
     holds the figures at that radius.
@@ -145,12 +162,13 @@ def certify_again(
     if "certifier" in changes and "guarantee" not in changes:
         content["certify"]["guarantee"] = None  # what the other certifier can
     recipe = run.plugins.resolve(validate(content, run.recipe.name))
-    asked = recipe.certify
-    certifier = find_certifier(str(asked.certifier), asked.guarantee, asked.deploy)
-    run = replace(run, recipe=recipe, certifier=certifier)
+    run = replace(run, recipe=recipe, certifier=choose_certifier(recipe, run.owned, run.plugins))
     if radius is None:
         if not run.store.has_certificates(run.id, run.certifier.name, digest_settings(run.certifier, recipe)):
             run.record(run.certify(recorded.network))
+        chosen = find_attack(attack) if attack else None
+        if chosen is not None and not run.is_audited(chosen):
+            run.audit(recorded.network, chosen)
         return run.outcome()
     parts = run.certificates(recorded.network)
     prediction = np.concatenate([part.prediction for part in parts])

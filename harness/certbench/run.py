@@ -34,6 +34,8 @@ from certbench.seeding import derive_seed
 from certbench.training.checkpoint import save_network
 
 T = TypeVar("T")
+CertificateSet = tuple[str, str, str]
+"""(run id, certifier, settings digest): what names certificates in the store."""
 
 NETWORK = "network.safetensors"
 """The file of a run that holds the trained network alone."""
@@ -134,8 +136,7 @@ class Run:
     ) -> Run:
         """Check everything that can be checked before any training starts; ``identity`` names a recorded run."""
         owned = plugins.owner(recipe.method.name)
-        asked = recipe.certify
-        certifier = find_certifier(asked.certifier or owned.card.certifier, asked.guarantee, asked.deploy)
+        certifier = choose_certifier(recipe, owned, plugins)
         dataset = load_dataset(recipe.dataset, Path(data) if data is not None else None)
         identity = identity or run_id(recipe, dataset.digest, owned.card.numerics)
         folder = out / "runs" / identity
@@ -215,12 +216,14 @@ class Run:
         )
         return self._ask_plugin("certify", lambda: self._collect(task))
 
-    def audit(self, network: nn.Module, attack: Attack) -> None:
+    def audit(self, network: nn.Module, attack: Attack, of: CertificateSet | None = None) -> None:
         """Attack every correct image at the recipe's radius and every certificate at its own; rows are added.
 
-        What is attacked is the deployed network, the one that was certified.
+        What is attacked is the deployed network, the one that was certified; ``of`` names other certificates of this
+        run than those its recipe asks for.
         """
-        rows = self.store.certificates(*self._certificates).to_pandas()
+        of = of or self._certificates
+        rows = self.store.certificates(*of).to_pandas()
         guarantee = rows["guarantee"].iloc[0]
         if guarantee == "statistical" or not (rows["prediction"] == rows["label"]).any():
             self.reporter.say(
@@ -244,10 +247,10 @@ class Run:
             begin=lambda balls: self.reporter.stage(f"audit ({attack.name})", balls, "ball"),
             progress=self.reporter.advance,
         )
-        timer = Timer(self, audit_stage(*self._certificates[1:], attack.name, attack.settings_digest))
+        timer = Timer(self, audit_stage(*of[1:], attack.name, attack.settings_digest))
         found = audit(task)
         timer.record()
-        self.store.write_audits(*self._certificates, attack.name, attack.settings_digest, found.columns)
+        self.store.write_audits(*of, attack.name, attack.settings_digest, found.columns)
         self._report(found, attack)
 
     def _report(self, found: Audit, attack: Attack) -> None:
@@ -258,7 +261,7 @@ class Run:
             self.reporter.say(f"{self.recipe.name}: no witness can be confirmed: {found.limit}")
 
     @property
-    def _certificates(self) -> tuple[str, str, str]:
+    def _certificates(self) -> CertificateSet:
         """What names this run's certificates in the store."""
         return self.id, self.certifier.name, digest_settings(self.certifier, self.recipe)
 
@@ -270,15 +273,14 @@ class Run:
     def _has_network(self) -> bool:
         return (self.folder / NETWORK).is_file()
 
-    def is_audited(self, attack: Attack | None) -> bool:
+    def is_audited(self, attack: Attack | None, of: CertificateSet | None = None) -> bool:
         return attack is None or self.store.has_audits(
-            *self._certificates, attack.name, attack.settings_digest
+            *(of or self._certificates), attack.name, attack.settings_digest
         )
 
     def _collect(self, task: CertifyTask) -> list[Certificates]:
-        own = self.plugins.certify(task)
         found: list[Certificates] = []
-        for part in own if own is not None else self.certifier.certify(task):
+        for part in self.certifier.certify(task):
             found.append(part)
             self.reporter.advance(sum(len(p.index) for p in found), certified=_share(found))
         return _complete(found, task)
@@ -368,6 +370,26 @@ class Timer:
                 "started_at": self.started_at,
             }
         )
+
+
+def choose_certifier(recipe: Recipe, owned: Owned, plugins: Plugins) -> Certifier:
+    """The plugin's own certifier, under the method's name, unless the recipe names another than the card does.
+
+    Raises:
+        UsageError: no certifier of that name.
+    """
+    asked, method = recipe.certify, recipe.method.name
+    name = asked.certifier or owned.card.certifier
+    if name != owned.card.certifier or not plugins.has_certifier(method):
+        return find_certifier(name, asked.guarantee, asked.deploy)
+    settings = {
+        "certifier": method,
+        "numerics": owned.card.numerics,
+        "guarantee": asked.guarantee,
+        "deploy": asked.deploy,
+        "method": plugins.settings(recipe).model_dump(mode="json"),
+    }
+    return Certifier(method, owned.card.summary, plugins.certify, settings)
 
 
 def make_writable(folder: Path) -> None:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from certbench.bounds import shapes
 from certbench.bounds.box import Box
 from certbench.bounds.graph import LINEAR, Graph, Node, _has_box, _resolve, _resolve_options
 from certbench.bounds.interval import RULES as INTERVAL_RULES
@@ -526,19 +527,7 @@ def library(run: Deployment, x: Box, function: Callable[[Tensor], Tensor]) -> So
 
 # Exact operations ----------------------------------------------------------------------------------------------------
 
-MOVES = frozenset(
-    {
-        "aten.flatten.using_ints",
-        "aten.view.default",
-        "aten.reshape.default",
-        "aten.permute.default",
-        "aten.clone.default",
-        "aten.contiguous.default",
-        "aten.alias.default",
-        "aten.detach.default",
-        "aten.lift_fresh_copy.default",
-    }
-)
+MOVES = frozenset({*shapes.MOVES, "aten.lift_fresh_copy.default"})
 """Operations that only move numbers around."""
 
 
@@ -548,7 +537,8 @@ def _exact(operation: str) -> SoundRule:
     return lambda _run, *arguments, **options: _sound(rule(*arguments, **options))
 
 
-for _operation in ("aten.relu.default", "aten.max_pool2d.default", "aten.dropout.default", *sorted(MOVES)):
+_SELECT = ("aten.relu.default", "aten.dropout.default", *sorted(shapes.MAXIMA))
+for _operation in (*_SELECT, *sorted(MOVES)):
     if _operation in INTERVAL_RULES:
         SOUND_RULES[_operation] = _exact(_operation)
 

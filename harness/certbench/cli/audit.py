@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -41,7 +42,11 @@ def command(runs: tuple[str, ...], attack: str, device: str, data: str | None, o
     Example:
       certbench audit 4f2a --attack strong
     """
+    from certbench.recorded import find_run
+
     find_attack(attack)
+    for run in runs:
+        find_run(run, Path(out))  # a wrong name is found before any work
     finish([_audit_one(run, attack, device, data, out) for run in runs], list(runs), out)
 
 

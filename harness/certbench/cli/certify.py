@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from certbench.cli.progress import reporter
+from certbench.cli.run import finish
 from certbench.errors import CertbenchError
+
+if TYPE_CHECKING:
+    from certbench.run import RunOutcome
 
 EXIT_RUN_FAILED = 3
 
@@ -51,7 +56,7 @@ def command(
 ) -> None:
     """Certify finished runs again with other settings; nothing is trained.
 
-    RUN is a run's id or the beginning of one. The new rows stand beside the old ones under a settings digest of their
+    RUN is a run's id or the beginning of one. The new certificates are audited like the first. The new rows stand beside the old ones under a settings digest of their
     own. A table is about its recipe's radius, so the answer at another --radius is shown and not recorded.
 
     \b
@@ -64,19 +69,20 @@ def command(
     if guarantee == "real_arith" and deploy is None:
         changes["deploy"] = "float32"
     chosen = {key: value for key, value in changes.items() if value is not None}
-    failed = [prefix for prefix in runs if not _certify_one(prefix, chosen, radius, device, data, out)]
-    if len(failed) < len(runs) and radius is None:
-        from certbench.leaderboard.build import write
+    from certbench.recorded import find_run
 
-        write(Path(out))
-    if failed:
-        click.echo(f"certbench: {len(failed)} of {len(runs)} runs failed: {', '.join(failed)}", err=True)
+    for prefix in runs:
+        find_run(prefix, Path(out))  # a wrong name is found before any work
+    found = [_certify_one(prefix, chosen, radius, device, data, out) for prefix in runs]
+    if radius is None:
+        finish(found, list(runs), out)
+    elif None in found:
         sys.exit(EXIT_RUN_FAILED)
 
 
 def _certify_one(
     prefix: str, changes: dict[str, str], radius: str | None, device: str, data: str | None, out: str
-) -> bool:
+) -> RunOutcome | None:
     """Certify one run and show its counts; an explained failure is one line and does not stop the others."""
     from certbench.recorded import certify_again
     from certbench.threat import format_radius
@@ -87,10 +93,10 @@ def _certify_one(
                 prefix, changes, radius, out=out, data=data, device=device, reporter=progress
             )
     except CertbenchError as error:
-        if error.exit_code == 2:
+        if error.exit_code == 2:  # a wrong setting is wrong for every run
             raise
         click.echo(f"certbench: {error}", err=True)
-        return False
+        return None
     asked = found.recipe.certify
     kind = f"{asked.guarantee} for {asked.deploy}" if asked.guarantee == "float_sound" else asked.guarantee
     click.echo(
@@ -98,4 +104,4 @@ def _certify_one(
         f"{100 * found.certified_accuracy:.2f}% at {format_radius(found.recipe.threat.radius)} "
         f"({asked.certifier}, {kind}; run {found.run_id})"
     )
-    return True
+    return found

@@ -24,7 +24,9 @@ CSV_MARKER = "certbench_board,"
 
 GUARANTEES = {
     "real_arith": "proved in real arithmetic, computed in floating point; round-off of the computation is not covered",
-    "float_sound": "proved with outward rounding; the round-off of floating point is covered",
+    "float_sound": "proved for every evaluation of the deployed network at the stated precision; assumed: dot products "
+    "are sums of products in any order (no Winograd, Fourier or Strassen kernels; cuDNN, NNPACK and reduced-precision "
+    "reductions off), round to nearest in the bounds' own float64; see docs/float-soundness.md",
     "statistical": "holds with probability 1 - alpha over the certifier's sampling, for each image on its own",
 }
 _NOTHING = ""

@@ -162,6 +162,14 @@ class ResultStore:
     def has_certificates(self, run_id: str, certifier: str, settings_digest: str) -> bool:
         return self._named(CERTIFICATES, run_id, certifier, settings_digest).is_file()
 
+    def certificate_sets(self, run_id: str) -> list[tuple[str, str, str]]:
+        """(run id, certifier, settings digest) of every set of certificates of a run, in a fixed order."""
+        found = []
+        for path in sorted((self.folder / CERTIFICATES.name).glob(f"{_safe(run_id)}-*.parquet")):
+            row = self._load(CERTIFICATES, path).slice(0, 1).to_pylist()[0]
+            found.append((row["run_id"], row["certifier"], row["settings_digest"]))
+        return found
+
     def has_audits(
         self, run_id: str, certifier: str, settings_digest: str, attack: str, attack_settings_digest: str
     ) -> bool:
