@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -248,3 +250,95 @@ def test_radius_search_takes_few_passes_and_nan_proves_nothing() -> None:
     nan = Bracket(zeros, zeros + 1, zeros + 1, zeros - 1)
     found, _ = largest_proved_radius(lambda which, eps: eps * torch.nan, nan, tolerance=1e-3)
     assert (found == 0).all()
+
+
+def aliasing_networks() -> dict[str, nn.Module]:
+    """Networks that write in place into memory seen under another name, each in another way."""
+
+    def write(body: Callable[[Tensor], Tensor]) -> nn.Module:
+        class Writes(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.last(body(self.first(x.flatten(1))))
+
+        return Writes()
+
+    def column(h: Tensor) -> Tensor:
+        h[:, 0:1].mul_(20.0)
+        return h
+
+    def assignment(h: Tensor) -> Tensor:
+        h[:, 0] = 0.0
+        return h
+
+    def view_read_later(h: Tensor) -> Tensor:
+        v = h.view(h.shape[0], 2, 3)
+        h.mul_(-1.0)
+        return v.reshape(h.shape[0], 6)
+
+    def through_detach(h: Tensor) -> Tensor:
+        h.detach().mul_(-1.0)
+        return h
+
+    def chunked(h: Tensor) -> Tensor:
+        a, b = h.chunk(2, dim=1)
+        a.neg_()
+        return torch.cat([a, b], dim=1)
+
+    bodies = (column, assignment, view_read_later, through_detach, chunked)
+    return {body.__name__: write(body) for body in bodies}
+
+
+@pytest.mark.parametrize("name", sorted(aliasing_networks()))
+def test_writing_into_shared_memory_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=r"in place|inplace|writes to"):
+        trace(aliasing_networks()[name].eval(), (1, 2, 2))
+
+
+def test_pure_in_place_operations_are_followed() -> None:
+    class Ordinary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x.view(x.size(0), -1))
+            h = F.relu_(h)
+            h += 0.5
+            h.mul_(-1.0)
+            return self.last(h)
+
+    network = Ordinary().eval()
+    images = torch.rand(3, 1, 2, 2)
+    with torch.no_grad():
+        graph = trace(network, (1, 2, 2))
+        torch.testing.assert_close(graph.run(images).logits, network(images))
+        torch.testing.assert_close(graph.bound(input_box(images, 0.0)).logits.center, network(images))
+
+
+def test_normalising_by_the_batch_in_evaluation_mode_is_refused() -> None:
+    class Batchwise(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.batch_norm(x.flatten(1), None, None, training=True)
+
+    for network in (Batchwise(), nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4, track_running_stats=False))):
+        with pytest.raises(UsageError, match=r"depend on other images"):
+            trace(network.eval(), (1, 2, 2))
+
+
+def test_operations_that_change_the_number_type_or_the_sign_of_a_mean_are_refused() -> None:
+    class Half(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mean((2, 3), dtype=torch.float16)
+
+    class Negative(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.avg_pool2d(x, 2, divisor_override=-1).flatten(1)
+
+    box = input_box(torch.rand(2, 3, 2, 2), 0.1)
+    for network, reason in ((Half(), "number type"), (Negative(), "negative divisor")):
+        with pytest.raises(UsageError, match=reason):
+            trace(network, (3, 2, 2)).bound(box)

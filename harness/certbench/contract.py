@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from certbench.data.dataset import Dataset, Split
 
 Guarantee = Literal["real_arith", "float_sound", "statistical"]
+Deployment = Literal["float32", "float64", "tf32", "bf16", "fp16"]
 Verdict = Literal[
     "certified", "falsified", "unknown", "misclassified", "abstain", "timeout", "error", "not_run"
 ]

@@ -86,7 +86,10 @@ class Plugins:
     def _cards(self, plugin: Loaded) -> list[MethodCard]:
         try:
             cards = [card for answer in self._caller("register_methods", plugin)() for card in answer]
-        except Exception as error:  # whatever a plugin raises is its own fault, reported in one line
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # whatever a plugin raises is its own fault, reported in one line
             raise PluginError(
                 f"plugin {plugin.distribution} failed in register_methods: {type(error).__name__}: {error}; "
                 "uninstall or repair it"

@@ -7,6 +7,7 @@ Parsing only. The ``[method]`` table is checked by the method's own settings mod
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -23,6 +24,7 @@ from pydantic import (
     Field,
     PlainSerializer,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -67,6 +69,13 @@ class Train(Strict):
     gradient_clip: float = Field(default=10.0, gt=0)
     augment: bool = True
     """The data set's published augmentation (none for digits and MNIST)."""
+
+    @field_validator("milestones")
+    @classmethod
+    def _milestones_rise(cls, milestones: tuple[int, ...]) -> tuple[int, ...]:
+        if any(b <= a for a, b in itertools.pairwise((0, *milestones))):
+            raise ValueError("milestones are epochs from 1, each later than the one before")
+        return milestones
 
 
 class Certify(Strict):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from certbench.run import (
     choose_device,
     digest_settings,
 )
-from certbench.training.checkpoint import save_network
+from certbench.training.checkpoint import network_digest
 
 
 @dataclass(frozen=True)
@@ -81,17 +80,11 @@ def load_run(
     if not (run.folder / NETWORK).is_file():
         raise RunError(f"run {identity} left no network in {run.folder}; run its recipe again")
     network = run.trained(only_load=True)
-    if _digest(network) != row["checkpoint_digest"]:
+    if network_digest(network) != row["checkpoint_digest"]:
         raise RunError(
             f"the checkpoint in {run.folder} is not the network that run {identity} was recorded with"
         )
     return Recorded(run, network, row)
-
-
-def _digest(network: nn.Module) -> str:
-    """The digest that the network's file would have."""
-    with tempfile.TemporaryDirectory() as folder:
-        return save_network(Path(folder) / "network.safetensors", network)
 
 
 def audit_again(

@@ -25,13 +25,14 @@ from certbench.data.files import load_dataset
 from certbench.errors import CertbenchError, RunError, UsageError
 from certbench.models import build_network
 from certbench.models.fold import deployed_network
+from certbench.models.kernels import plain_kernels
 from certbench.plugins import Owned, Plugins, installed
 from certbench.recipe import PROTOCOL, Recipe, run_id
 from certbench.results import provenance
 from certbench.results.files import write_atomically
 from certbench.results.store import ResultStore, audit_stage, certify_stage
 from certbench.seeding import derive_seed
-from certbench.training.checkpoint import save_network
+from certbench.training.checkpoint import network_digest, save_network
 
 T = TypeVar("T")
 CertificateSet = tuple[str, str, str]
@@ -175,7 +176,8 @@ class Run:
         network = self.trained()
         if not self.store.has_run(self.id):
             timer.record()
-        self.store.write_run(self._run_row(network))  # no change where the same network is recorded already
+        self.store.write_run(self._run_row(network))  # refuses another network than the recorded one
+        save_network(self.folder / NETWORK, network)
         return network
 
     def trained(self, only_load: bool = False) -> nn.Module:
@@ -214,7 +216,14 @@ class Run:
             cap=self.recipe.cap,
             device=self.device,
         )
-        return self._ask_plugin("certify", lambda: self._collect(task))
+        before = network_digest(network)
+        found = self._ask_plugin("certify", lambda: self._collect(task))
+        if network_digest(network) != before:
+            raise RunError(
+                f"{self.recipe.name}: the certifier {self.certifier.name} changed the network it was given; its "
+                "certificates are not recorded"
+            )
+        return found
 
     def audit(self, network: nn.Module, attack: Attack, of: CertificateSet | None = None) -> None:
         """Attack every correct image at the recipe's radius and every certificate at its own; rows are added.
@@ -248,7 +257,8 @@ class Run:
             progress=self.reporter.advance,
         )
         timer = Timer(self, audit_stage(*of[1:], attack.name, attack.settings_digest))
-        found = audit(task)
+        with plain_kernels():  # the evaluations that a float-sound guarantee speaks of
+            found = audit(task)
         timer.record()
         self.store.write_audits(*of, attack.name, attack.settings_digest, found.columns)
         self._report(found, attack)
@@ -295,7 +305,7 @@ class Run:
             return call()
         except CertbenchError:
             raise
-        except Exception as error:  # a plugin may raise anything, and the other runs must go on
+        except (Exception, SystemExit) as error:  # a plugin may raise anything, and the other runs must go on
             report = self.folder / "error.txt"
             with suppress(OSError):
                 report.write_text(traceback.format_exc(), encoding="utf-8")
@@ -325,7 +335,7 @@ class Run:
             "seed": recipe.seed,
             "recipe_name": recipe.name,
             "recipe": recipe.canonical_json(),
-            "checkpoint_digest": save_network(self.folder / NETWORK, network),
+            "checkpoint_digest": network_digest(network),
             "epochs": recipe.train.epochs,
             **provenance.versions(),
             "code_revision": provenance.code_revision(),

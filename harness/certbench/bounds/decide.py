@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from certbench.bounds.box import input_box
 from certbench.bounds.graph import Graph
 from certbench.bounds.radius import MarginFunction, search_radii
 from certbench.bounds.trace import trace
@@ -88,8 +89,8 @@ def certify(bounds: Sequence[Bound], task: CertifyTask) -> Iterator[Certificates
     deployed = deployed_network(task.network)
     network = copy.deepcopy(deployed).double().requires_grad_(False)
     first = to_pixels(task.split.images[:_PROBE], task.levels)
-    _check_folding(task.network, network, first.double())
     graph = trace(network, tuple(first.shape[1:]))
+    _check_evaluations(task.network, network, graph, first.double())
     evaluate = _evaluation(bounds, deployed, graph)
     size = min(bound.chunk for bound in bounds)
     ranges = [(start, min(start + size, len(task.split))) for start in range(0, len(task.split), size)]
@@ -115,17 +116,30 @@ def check_network(network: nn.Module) -> None:
             raise RunError(f"cannot certify: weight {name} holds NaN or infinity; train again")
 
 
-def _check_folding(network: nn.Module, deployed: nn.Module, images: Tensor) -> None:
+def _check_evaluations(network: nn.Module, deployed: nn.Module, graph: Graph, images: Tensor) -> None:
     """
     Raises:
-        RunError: the deployed network computes something else than the trained one.
+        RunError: the deployed network computes something else than the trained one, or the bounds at radius 0 enclose
+            something else than the deployed network computes. Either would be a bug, caught before any certificate.
     """
+    images = images.nan_to_num(0.0).clamp(0.0, 1.0)  # bad images are dealt with one by one, later
+    zero = torch.zeros_like(images[:, 0, 0, 0])
     with torch.no_grad():
-        trained, folded = copy.deepcopy(network).double()(images), deployed(images)
-    if not torch.allclose(trained, folded, rtol=1e-3, atol=1e-3 * float(trained.abs().max()), equal_nan=True):
+        trained, folded = copy.deepcopy(network).double()(images.clone()), deployed(images.clone())
+        bounded = graph.bound(input_box(images, zero)).logits.center
+    if not _agree(trained, folded):
         raise RunError(
             f"folding batch norms changed what {type(network).__name__} computes; it cannot be certified"
         )
+    if not _agree(folded, bounded):
+        raise RunError(
+            f"the bounds of {type(network).__name__} at radius 0 are not what it computes; it cannot be certified"
+        )
+
+
+def _agree(one: Tensor, two: Tensor) -> bool:
+    scale = float(one.abs().nan_to_num(0.0, 0.0).max()) if one.numel() else 0.0
+    return one.shape == two.shape and torch.allclose(one, two, rtol=1e-3, atol=1e-3 * scale, equal_nan=True)
 
 
 def _evaluation(bounds: Sequence[Bound], deployed: nn.Module, graph: Graph) -> Callable[[Tensor], Tensor]:
@@ -315,7 +329,9 @@ class _Chunk:
     def _settle(self, which: Tensor, k: int) -> None:
         """A proof on a larger ball covers the recipe's, where a bound that is not monotone may have failed."""
         if len(which):
-            self.margin[which] = self._margins(k)(which, self.radius[which])
+            found = self._margins(k)(which, self.radius[which])
+            # It was positive when it was proved; in a batch of another shape its last bit may round to 0.
+            self.margin[which] = torch.where(found > 0, found, torch.finfo(found.dtype).tiny)
             self.passes[which] += 1
             self.verdict_by[which] = k
 

@@ -112,6 +112,12 @@ class Graph:
             for node in nodes
             if node.operation == BATCH_NORM and isinstance(node.arguments[3], Ref)
         }
+        for node in nodes:
+            if node.operation == BATCH_NORM and (node.arguments[5] or node.name not in self._norms):
+                raise UsageError(
+                    f"batch norm {node.name} of {type(network).__name__} normalises by the batch it is in, even in "
+                    "evaluation mode, so its outputs depend on other images; give it running statistics"
+                )
         self._last_use: dict[str, list[str]] = {}
         last = {name: node.name for node in nodes for name in node.inputs()}
         for name, user in last.items():

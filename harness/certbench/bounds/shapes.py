@@ -47,6 +47,10 @@ MOVES = {
 
 
 def _alike(function: Callable[..., Tensor], x: Box, *options: Any, **named: Any) -> Box:
+    if named.get("dtype") is not None:
+        raise UsageError(f"an operation that changes the number type ({named['dtype']}) has no interval rule")
+    if function is aten.avg_pool2d.default and len(options) > 5 and (options[5] or 1) < 0:
+        raise UsageError("average pooling with a negative divisor has no interval rule")
     return x.both(lambda part: function(part, *options, **named))
 
 

@@ -416,7 +416,9 @@ def adaptive_avg_pool2d(run: Deployment, x: Box, size: list[int]) -> SoundBox:
 
 
 @sound_rule("aten.mean.dim")
-def mean(run: Deployment, x: Box, dim: list[int], keepdim: bool = False, **_: Any) -> SoundBox:
+def mean(run: Deployment, x: Box, dim: list[int], keepdim: bool = False, dtype: Any = None) -> SoundBox:
+    if dtype is not None:
+        raise UsageError(f"a mean in another number type ({dtype}) has no float-sound rule")
     if any(d % len(x.shape) == 0 for d in dim):
         raise UsageError("a mean over the batch has no float-sound rule")
     n = math.prod(x.shape[d] for d in dim)
@@ -549,6 +551,12 @@ def cat(_run: Deployment, parts: list[Box], dim: int = 0) -> SoundBox:
     return SoundBox(
         lower=torch.cat([b.lower for b in boxes], dim), upper=torch.cat([b.upper for b in boxes], dim)
     )
+
+
+@sound_rule("aten.sym_size.int")
+def sym_size(_run: Deployment, x: Box, dim: int) -> Any:
+    """A length, which no perturbation changes."""
+    return x.shape[dim]
 
 
 # The property --------------------------------------------------------------------------------------------------------

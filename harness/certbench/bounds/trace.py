@@ -16,7 +16,25 @@ from torch.fx import Node as FxNode
 from certbench.bounds.graph import Graph, Node, Ref
 from certbench.errors import UsageError
 
-VIEWS = {"aten.view.default", "aten.flatten.using_ints", "aten.permute.default", "aten.transpose.int"}
+FRESH = frozenset(
+    f"aten.{name}"
+    for name in (
+        *(
+            "conv1d",
+            "conv2d",
+            "conv3d",
+            "linear",
+            "matmul",
+            "batch_norm",
+            "layer_norm",
+            "group_norm",
+            "instance_norm",
+        ),
+        *("max_pool1d", "max_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_max_pool1d"),
+        *("relu6", "selu", "silu", "mish", "softmax", "log_softmax", "pad", "avg_pool1d"),
+    )
+)
+"""Composite operations whose result never shares memory with an argument; their schemas do not tell."""
 
 
 def trace(network: nn.Module, shape: tuple[int, ...]) -> Graph:
@@ -49,6 +67,8 @@ class _Converter:
         self.network, self.program = network, program
         self.renamed: dict[str, str] = {}
         """Where an in-place operation wrote to a value, later readers of it get the result."""
+        self.shared: set[str] = set()
+        """Values that may share memory with another value: inputs, weights, views and what was viewed."""
 
     def graph(self) -> Graph:
         signature = self.program.graph_signature
@@ -58,12 +78,11 @@ class _Converter:
             for name, target in signature.inputs_to_lifted_tensor_constants.items()
         }
         nodes: list[Node] = []
-        operations: dict[str, str] = {}
         for fx in self.program.graph.nodes:
             if fx.op == "call_function":
-                node = self._node(fx, operations)
-                operations[node.name] = node.operation
-                nodes.append(node)
+                nodes.append(self._node(fx))
+            elif fx.op == "placeholder":
+                self.shared.add(fx.name)
         if len(signature.user_inputs) != 1 or len(signature.user_outputs) != 1:
             raise UsageError(
                 f"{type(self.network).__name__} must take one tensor and return one tensor of logits; it has "
@@ -73,7 +92,7 @@ class _Converter:
         result = self.renamed.get(result, result)
         return Graph(self.network, _reachable(nodes, result), source, result, tensors, constants)
 
-    def _node(self, fx: FxNode, operations: dict[str, str]) -> Node:
+    def _node(self, fx: FxNode) -> Node:
         operation = (
             str(fx.target) if "." in str(fx.target) else getattr(fx.target, "__name__", str(fx.target))
         )
@@ -84,14 +103,24 @@ class _Converter:
         arguments = tuple(self._argument(a) for a in fx.args)
         options = {key: self._argument(value) for key, value in fx.kwargs.items()}
         if in_place:
-            written = fx.args[0]
-            assert isinstance(written, FxNode)  # an in-place operation writes to a tensor
-            if operations.get(written.name) in VIEWS:
-                raise UsageError(
-                    f"node {fx.name} ({operation}) writes in place into a view; use the pure form"
-                )
-            self._rename(written.name, fx.name)
+            self._write(fx, operation)
+        elif _may_share(fx):
+            self.shared.update([fx.name, *(node.name for node in fx.all_input_nodes)])
         return Node(fx.name, operation, fx.target, arguments, options)
+
+    def _write(self, fx: FxNode, operation: str) -> None:
+        """
+        Raises:
+            UsageError: what is written to may be seen through another value, which the graph would not notice.
+        """
+        written = fx.args[0]
+        assert isinstance(written, FxNode)  # an in-place operation writes to a tensor
+        if written.name in self.shared:
+            raise UsageError(
+                f"node {fx.name} of {type(self.network).__name__} writes in place ({operation}) into a tensor that shares "
+                "its memory with another (an input, a weight, a view or a slice); use the pure form of the operation"
+            )
+        self._rename(written.name, fx.name)
 
     def _rename(self, old: str, new: str) -> None:
         for name, current in self.renamed.items():
@@ -105,6 +134,20 @@ class _Converter:
         if isinstance(value, list | tuple):
             return [self._argument(item) for item in value]
         return value
+
+
+def _may_share(fx: FxNode) -> bool:
+    """Whether the result may share memory with an argument, as far as the schema tells; if in doubt, yes."""
+    operation = fx.target
+    if not isinstance(operation, torch._ops.OpOverload):
+        return True
+    if operation._schema.is_mutable:
+        raise UsageError(f"node {fx.name} ({operation}) writes to one of its arguments; use a pure operation")
+    if any(result.alias_info is not None for result in operation._schema.returns):
+        return True
+    composite = torch._C.DispatchKey.CompositeImplicitAutograd
+    name = str(operation).rpartition(".")[0]
+    return operation.has_kernel_for_dispatch_key(composite) and name not in FRESH
 
 
 def _reachable(nodes: list[Node], result: str) -> list[Node]:

@@ -13,12 +13,13 @@ from typing import Any, get_args
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from certbench.contract import Guarantee, Outcome, Verdict
+from certbench.contract import Deployment, Guarantee, Outcome, Verdict
 from certbench.errors import DataError
 from certbench.results.schema import table_spec
 
 VERDICTS: tuple[str, ...] = get_args(Verdict)
 GUARANTEES: tuple[str, ...] = get_args(Guarantee)
+DEPLOYMENTS: tuple[str, ...] = get_args(Deployment)
 OUTCOMES: tuple[str, ...] = get_args(Outcome)
 WITNESSED = ("falsified", "falsified_in_float", "refuted", "refuted_in_float")
 """Outcomes of balls in which an attack found a flip."""
@@ -205,7 +206,7 @@ def _certificate_rules(table: pa.Table) -> Iterator[str]:
 
 
 def _names(table: pa.Table) -> Iterator[str]:
-    for name, known in (("verdict", VERDICTS), ("guarantee", GUARANTEES)):
+    for name, known in (("verdict", VERDICTS), ("guarantee", GUARANTEES), ("deploy", DEPLOYMENTS)):
         mask = pc.invert(pc.is_in(table.column(name), pa.array(known)))
         yield from _first(table, mask, f"{name} is none of {', '.join(known)}")
     yield from _identifiers(table, ("certifier",), ("settings_digest",))

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from certbench.errors import DataError, RunError, nearest
+from certbench.results.checks import CrossCheck
 from certbench.results.files import decode, encode, write_atomically
 from certbench.results.rules import FAILURES, UNDECIDED, check_table
 from certbench.results.schema import AUDITS, CERTIFICATES, RUNS, TIMINGS, TableSpec, table_spec
@@ -84,9 +85,12 @@ class ResultStore:
                 f"run {run_id!r} has no row in {self.folder}; write_run comes before write_certificates"
             )
         own = {"run_id": run_id, "certifier": certifier, "settings_digest": settings_digest}
-        return self._put(
-            CERTIFICATES, _as_table(CERTIFICATES, _spread({**columns, **own})), _join_certificates
-        )
+        table = _as_table(CERTIFICATES, _spread({**columns, **own}))
+        check_table(table, CERTIFICATES.name, f"new rows for {CERTIFICATES.name}")
+        problems = CrossCheck({run_id: self.run(run_id)}).problems(table) if table.num_rows else []
+        if problems:  # one bad set of rows would keep every board of the folder from being built
+            raise DataError(f"certificates contradict their recipe and are not recorded: {problems[0]}")
+        return self._put(CERTIFICATES, table, _join_certificates)
 
     def write_audits(
         self,

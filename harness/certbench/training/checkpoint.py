@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
 from certbench.errors import RunError
@@ -111,10 +111,19 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
-def save_network(path: Path, network: nn.Module) -> str:
-    """Write the trained network alone and return the file's SHA-256."""
+def network_digest(network: nn.Module) -> str:
+    """The SHA-256 that the file of :func:`save_network` has."""
+    return hashlib.sha256(save(_tensors(network))).hexdigest()
+
+
+def save_network(path: Path, network: nn.Module) -> None:
+    """Write the trained network alone.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
     try:
-        return write_tensors(path, {name: _plain(t) for name, t in network.state_dict().items()})
+        _replace(path, save(_tensors(network)))
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from error
 
@@ -146,6 +155,10 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous().clone()
 
 
+def _tensors(network: nn.Module) -> dict[str, Tensor]:
+    return {name: _plain(tensor) for name, tensor in network.state_dict().items()}
+
+
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
@@ -156,4 +169,5 @@ def _is_sidecar(notes: Any) -> bool:
         isinstance(notes, dict)
         and all(isinstance(notes.get(key), kind) for key, kind in kinds.items())
         and notes["format"] == FORMAT
+        and notes["epoch"] == len(notes["history"]) > 0
     )
