@@ -93,3 +93,28 @@ def test_recipes_named_in_the_documentation_exist() -> None:
     named = set(re.findall(r"\bfast-ibp/[a-z0-9.-]+\b", README))
     assert named
     assert named <= set(installed().recipes())
+
+
+def test_the_quickstart_table_has_the_columns_that_are_printed() -> None:
+    from certbench.leaderboard.tables import HEADERS
+
+    lines = block("quickstart").splitlines()
+    shown = re.split(r"\s{2,}", lines[2].strip())
+    assert shown == [header for header in HEADERS if header in shown]
+    assert {"method", "clean %", "attacked %", "certified %", "ACR", "audit", "guarantee"} <= set(shown)
+    cells = dict(zip(shown, re.split(r"\s{2,}", lines[4].strip()), strict=False))
+    assert (cells["method"], cells["certifier"], cells["guarantee"]) == ("fast-ibp", "ibp", "float_sound")
+
+
+def test_the_mnist_rows_of_the_readme_are_those_of_the_board() -> None:
+    board = ROOT / "leaderboards" / "mnist-linf-0.1.md"
+    rows = [line for line in board.read_text(encoding="utf-8").splitlines() if line.startswith("| fast-ibp")]
+    cells = [cell.strip() for cell in rows[0].split("|")]
+    shown = re.search(r"<!-- mnist -->\n(.*?)<!-- /mnist -->", README, re.DOTALL)
+    assert shown is not None
+    clean, certified = (
+        next(c for c in cells if re.fullmatch(pattern, c))
+        for pattern in (r"9[78]\.\d\d ± .*", r"95\.\d\d ± .*")
+    )
+    assert clean in shown.group(1)
+    assert certified in shown.group(1)
