@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
-import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -84,7 +83,6 @@ def test_every_command_of_the_documentation_is_understood(line: str) -> None:
         command.make_context(command.name, words, parent=context.parent, resilient_parsing=False)
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib")
 def test_recipes_named_in_the_documentation_exist() -> None:
     from certbench.plugins import installed
 

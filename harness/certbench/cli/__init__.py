@@ -12,7 +12,7 @@ from certbench import __version__
 from certbench.errors import CertbenchError
 
 COMMANDS = {
-    "quickstart": "Train, certify and rank every method on the built-in digits.",
+    "quickstart": "Train, certify, audit and rank every method on the built-in digits.",
     "run": "Run recipes or suites: train, certify, audit, record, rank.",
     "certify": "Certify finished runs again with other settings; nothing is trained.",
     "audit": "Attack the certificates of recorded runs again, with any attack.",

@@ -12,7 +12,7 @@ from certbench.cli.run import run_all
     "--out", default="certbench-out", show_default=True, metavar="DIR", help="Checkpoints, rows, tables."
 )
 def command(out: str) -> None:
-    """Train, certify and rank every method on the built-in digits.
+    """Train, certify, audit and rank every method on the built-in digits.
 
     Needs no download and no GPU. Prints the leaderboard and leaves its rows, tables and checkpoints in DIR.
 
