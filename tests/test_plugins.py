@@ -271,6 +271,71 @@ def test_rows_of_a_plugins_own_certifier_carry_its_name_and_the_cores_do_not(tmp
     assert len(set(rows.loc[rows["certifier"] == "crown-ibp", "margin"])) > 100
 
 
+class Exiting(Toy):
+    """Tries to end the whole process."""
+
+    @hookimpl
+    def train(self, task: Any) -> Any:
+        raise SystemExit(0)
+
+
+class Mutating(SelfCertifying):
+    """Changes the network it was asked to certify."""
+
+    @hookimpl
+    def certify(self, task: Any) -> Any:
+        next(task.network.parameters()).data.mul_(0.5)
+        yield from super().certify(task)
+
+
+class Restless(SelfCertifying):
+    """Returns another network each time it is asked for the finished one."""
+
+    @hookimpl
+    def train(self, task: Any) -> Any:
+        import torch
+
+        network = task.build_network()
+        Restless.calls += 1
+        with torch.no_grad():
+            next(network.parameters()).add_(Restless.calls)
+        return network
+
+    calls = 0
+
+
+def test_a_plugin_that_exits_is_a_failed_run_and_not_a_finished_process(tmp_path: Path) -> None:
+    from certbench.errors import RunError
+    from certbench.run import run_recipe
+
+    found = plugins(out=Exiting("leaving"))
+    with pytest.raises(RunError, match="plugin toy-out failed in train: SystemExit"):
+        run_recipe(found.resolve(digits_recipe("leaving")), out=tmp_path, device="cpu", plugins=found)
+
+
+def test_certificates_of_a_certifier_that_changes_the_network_are_not_recorded(tmp_path: Path) -> None:
+    from certbench.errors import RunError
+    from certbench.run import run_recipe
+
+    found = plugins(mut=Mutating("mutating"))
+    with pytest.raises(RunError, match="changed the network it was given"):
+        run_recipe(found.resolve(digits_recipe("mutating")), out=tmp_path, device="cpu", plugins=found)
+    assert not list(tmp_path.glob("results/certificates/*"))
+
+
+def test_a_recorded_network_is_never_overwritten_by_another(tmp_path: Path) -> None:
+    from certbench.errors import DataError
+    from certbench.run import run_recipe
+
+    found = plugins(rest=Restless("restless"))
+    recipe = found.resolve(digits_recipe("restless"))
+    outcome = run_recipe(recipe, out=tmp_path, device="cpu", plugins=found, attack=None)
+    before = (outcome.folder / "network.safetensors").read_bytes()
+    with pytest.raises(DataError, match="certificates of checkpoint"):
+        run_recipe(recipe, out=tmp_path, device="cpu", plugins=found, attack="standard")
+    assert (outcome.folder / "network.safetensors").read_bytes() == before
+
+
 def test_hook_specifications_hold_no_logic() -> None:
     """The page an author reads first: signatures and docstrings only."""
     import ast

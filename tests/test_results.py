@@ -634,7 +634,9 @@ def test_versions_and_digests(tmp_path: Path) -> None:
 
 
 def test_now_is_what_timings_take(store: ResultStore) -> None:
-    store.write_timing(timing(started_at=provenance.now()))
+    moment = provenance.now()
+    store.write_timing(timing(started_at=moment))
+    assert store.read("timings").column("started_at").to_pylist() == [moment]
 
 
 def test_results_never_import_torch() -> None:
