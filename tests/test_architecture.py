@@ -21,14 +21,16 @@ ALLOWED = {
     "suites": set(),
     "data": GROUND | {"contract"},
     "models": GROUND | {"data"},
-    "results": CONTRACT,
+    "stats": set(),
+    "smoothing": CONTRACT | {"models", "data", "stats"},
+    "results": CONTRACT | {"stats"},
     "bounds": CONTRACT | {"models", "data"},
-    "audit": GROUND | {"contract", "data"},
+    "audit": GROUND | {"contract", "data", "stats"},
     "training": CONTRACT | {"bounds", "data", "models"},
-    "leaderboard": CONTRACT | {"results"},
+    "leaderboard": CONTRACT | {"results", "stats"},
     "export": CONTRACT | {"models", "data", "results"},
-    "recorded": CONTRACT | {"run", "training", "bounds", "results", "audit"},
-    "run": CONTRACT | {"training", "audit", "bounds", "models", "data", "results"},
+    "recorded": CONTRACT | {"run", "training", "bounds", "smoothing", "results", "audit"},
+    "run": CONTRACT | {"training", "audit", "bounds", "smoothing", "models", "data", "results"},
 }
 """Room -> rooms it may import. ``contract`` names data types for annotations only."""
 

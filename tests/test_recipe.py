@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from certbench.errors import UsageError
-from certbench.recipe import Recipe, load_recipe, parse_recipe, run_id
+from certbench.recipe import Recipe, load_recipe, parse_recipe, run_id, validate
 from certbench.seeding import derive_seed
 from certbench.threat import format_radius, parse_radius, round_down, round_up
 
@@ -130,3 +130,17 @@ def test_seeds_are_fixed_for_good_and_differ_by_purpose() -> None:
     assert derive_seed(0, "shuffle", 1) == derive_seed(0, "shuffle", 1)
     assert len({derive_seed(s, p, e) for s in (0, 1) for p in ("shuffle", "augment") for e in (1, 2)}) == 8
     assert derive_seed(0, "network") == 715385884120655211
+
+
+def test_keys_added_later_leave_the_run_ids_of_earlier_rows_alone() -> None:
+    early = parse_recipe(TABLE, "t")
+    assert "optimizer" not in early.canonical()["train"]
+    late = parse_recipe(TABLE, "t", ["train.weight_decay=1e-4"])
+    assert late.canonical()["train"]["weight_decay"] == 1e-4
+    assert run_id(late, "d", 1) != run_id(early, "d", 1)
+    assert validate(late.canonical(), "t") == late
+
+
+def test_milestones_beside_another_schedule_are_refused() -> None:
+    with pytest.raises(UsageError, match="milestones say nothing"):
+        parse_recipe(TABLE, "t", ["train.schedule=cosine", "train.milestones=[1]"])

@@ -19,7 +19,7 @@ from certbench.models import build_network
 from certbench.recipe import Train, parse_recipe
 from certbench.training import SmoothedRamp, Step, fit
 from certbench.training.checkpoint import load_latest
-from certbench.training.fit import learning_rate
+from certbench.training.fit import build_optimizer, learning_rate
 
 
 class CrossEntropy:
@@ -173,5 +173,36 @@ def test_a_ramp_of_a_few_batches_is_linear() -> None:
 
 def test_milestones_lower_the_rate_from_the_next_epoch_on() -> None:
     settings = Train(epochs=10, learning_rate=1.0, milestones=(7, 9), decay=0.2)
-    rates = [learning_rate(settings, epoch) for epoch in range(1, 11)]
+    rates = [learning_rate(settings, Step(4 * epoch - 1, epoch, 4)) for epoch in range(1, 11)]
     assert rates == pytest.approx([1.0] * 7 + [0.2] * 2 + [0.04])
+
+
+def test_one_cycle_is_torchs_linear_three_phase_cycle() -> None:
+    settings = Train(epochs=5, learning_rate=0.02, schedule="one-cycle")
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.02)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 0.02, total_steps=35, three_phase=True, anneal_strategy="linear", cycle_momentum=False
+    )
+    for batch in range(35):
+        step = Step(batch, batch // 7 + 1, 7)
+        assert learning_rate(settings, step) == pytest.approx(theirs.get_last_lr()[0], rel=1e-9)
+        optimizer.step()
+        if batch < 34:
+            theirs.step()
+
+
+def test_cosine_falls_from_the_rate_to_nearly_0() -> None:
+    settings = Train(epochs=2, learning_rate=0.5, schedule="cosine")
+    rates = [learning_rate(settings, Step(batch, batch // 50 + 1, 50)) for batch in range(100)]
+    assert rates[0] == 0.5 and rates[50] == pytest.approx(0.25) and 0 < rates[-1] < 1e-3
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_optimizers_take_momentum_and_decay_from_the_recipe() -> None:
+    network = nn.Linear(2, 2)
+    sgd = build_optimizer(network, Train(epochs=1, optimizer="sgd", momentum=0.8, weight_decay=1e-4))
+    assert isinstance(sgd, torch.optim.SGD)
+    asked = {"momentum": 0.8, "weight_decay": 1e-4, "nesterov": False}
+    assert sgd.defaults.items() >= asked.items()
+    adam = build_optimizer(network, Train(epochs=1, weight_decay=2e-4))
+    assert isinstance(adam, torch.optim.Adam) and adam.defaults["weight_decay"] == 2e-4

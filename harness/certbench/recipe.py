@@ -15,7 +15,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -23,8 +23,10 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
+    SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -45,9 +47,23 @@ Radius = Annotated[Fraction, BeforeValidator(parse_radius), PlainSerializer(str,
 
 
 class Strict(BaseModel):
-    """Base of every settings model, the methods' included: unknown keys, NaN and infinity are errors."""
+    """Base of every settings model, the methods' included: unknown keys, NaN and infinity are errors.
+
+    ``later`` names keys that were added when rows existed already: they are written down only where they differ from
+    their defaults, so that the run ids of those rows stay what they are.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+    later: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _leave_out_later_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = handler(self)
+        fields = type(self).model_fields
+        for name in self.later:
+            if getattr(self, name) == fields[name].default:
+                written.pop(name, None)
+        return written
 
 
 class Threat(Strict):
@@ -66,9 +82,20 @@ class Train(Strict):
     milestones: tuple[int, ...] = ()
     """Epochs after which the learning rate is multiplied by ``decay``."""
     decay: float = Field(default=0.2, gt=0, le=1)
-    gradient_clip: float = Field(default=10.0, gt=0)
+    gradient_clip: float = Field(default=10.0, ge=0)
+    """Largest 2-norm of the whole gradient; 0 leaves it as it is."""
     augment: bool = True
     """The data set's published augmentation (none for digits and MNIST)."""
+    optimizer: Literal["adam", "sgd"] = "adam"
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Of SGD, without Nesterov's correction."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """The L2 term inside the optimiser, on every parameter."""
+    schedule: Literal["milestones", "one-cycle", "cosine"] = "milestones"
+    """``one-cycle``: linear in three phases, 30 % of the steps up from a 25th of the rate, 30 % down again, the rest
+    down to a 10,000th of where it began. ``cosine``: half a wave from the rate down to 0. Both change it at each step."""
+
+    later: ClassVar[frozenset[str]] = frozenset({"optimizer", "momentum", "weight_decay", "schedule"})
 
     @field_validator("milestones")
     @classmethod
@@ -76,6 +103,12 @@ class Train(Strict):
         if any(b <= a for a, b in itertools.pairwise((0, *milestones))):
             raise ValueError("milestones are epochs from 1, each later than the one before")
         return milestones
+
+    @model_validator(mode="after")
+    def _milestones_need_their_schedule(self) -> Train:
+        if self.milestones and self.schedule != "milestones":
+            raise ValueError(f'milestones say nothing to schedule = "{self.schedule}"; leave one of them out')
+        return self
 
 
 class Certify(Strict):

@@ -1,13 +1,15 @@
-"""The training loop: epochs over device-resident batches, Adam, clipping, milestones, checkpoints, resume."""
+"""The training loop: epochs over device-resident batches, clipping, schedules, checkpoints, resume."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -57,7 +59,7 @@ def fit(task: TrainTask, objective: Objective) -> nn.Module:
     )
     network = task.build_network()
     objective.prepare(network, len(batches))
-    optimizer = torch.optim.Adam(network.parameters(), lr=settings.learning_rate)
+    optimizer = build_optimizer(network, settings)
     loop = _Loop(task, objective, network, optimizer, batches, history=[], checkpoint=None)
     loop.resume()
     first = len(loop.history) + 1
@@ -93,7 +95,6 @@ class _Loop:
             self.task.reporter.say(f"resumed after epoch {saved.epoch} from {saved.path}")
 
     def run_epoch(self, epoch: int) -> None:
-        self._set_learning_rate(epoch)
         self.network.train()
         began = last_look = time.perf_counter()
         total = torch.zeros((), device=self.task.device)
@@ -119,18 +120,17 @@ class _Loop:
     def _update(
         self, images: Tensor, labels: Tensor, step: Step, first_bad: Tensor
     ) -> tuple[Tensor, Mapping[str, Tensor | float]]:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.task.recipe.train, step)
         loss, figures = self.objective.loss(images, labels, step)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.task.recipe.train.gradient_clip)
+        limit = self.task.recipe.train.gradient_clip or math.inf
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), limit)
         bad = ~(loss.detach().isfinite() & norm.isfinite()) & (first_bad < 0)
         first_bad.masked_fill_(bad, step.batch)  # kept on the device: looking at every step would stall it
         self.optimizer.step()
         return loss, figures
-
-    def _set_learning_rate(self, epoch: int) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.task.recipe.train, epoch)
 
     def _stop_if_bad(self, first_bad: Tensor, epoch: int) -> None:
         if (batch := int(first_bad)) >= 0:
@@ -145,7 +145,34 @@ class _Loop:
             )
 
 
-def learning_rate(settings: Train, epoch: int) -> float:
-    """The rate of an epoch counted from 1: milestone M means that epochs M+1 onward use the lower rate."""
-    passed = sum(epoch > milestone for milestone in settings.milestones)
-    return settings.learning_rate * settings.decay**passed
+def build_optimizer(network: nn.Module, settings: Train) -> torch.optim.Optimizer:
+    """The recipe's optimiser over all parameters."""
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(
+            network.parameters(),
+            lr=settings.learning_rate,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+        )
+    return torch.optim.Adam(
+        network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+    )
+
+
+def learning_rate(settings: Train, step: Step) -> float:
+    """The rate of one step; milestone M means that epochs M+1 onward use the lower rate."""
+    if settings.schedule == "milestones":
+        passed = sum(step.epoch > milestone for milestone in settings.milestones)
+        return settings.learning_rate * settings.decay**passed
+    last = settings.epochs * step.batches_per_epoch - 1
+    if settings.schedule == "cosine":
+        return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * step.batch / (last + 1)))
+    return settings.learning_rate * one_cycle(step.batch, last)
+
+
+def one_cycle(step: int, last: int) -> float:
+    """The factor of a linear three-phase cycle at ``step`` of 0 to ``last`` (Smith and Topin, arXiv 1708.07120)."""
+    top = 0.3 * (last + 1) - 1  # the step that has the full rate; torch's own rule for three phases
+    start, end = 1 / 25, 1 / 25 / 1e4
+    at = [0.0, top, 2 * top, float(last)]
+    return float(np.interp(step, at, [start, 1.0, start, end]))

@@ -1,0 +1,1 @@
+"""Statistics of counts and comparisons: numpy and scipy, never torch, and nothing else of certbench."""
