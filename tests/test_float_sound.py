@@ -20,13 +20,14 @@ from certbench.bounds import (
     SoundBox,
     certifiers,
     input_box,
-    sound,
+    sound_input_box,
     sound_margins,
     trace,
 )
 from certbench.bounds.certifiers import Certifier, find_certifier
 from certbench.bounds.precision import gamma
-from certbench.bounds.sound import Deployment, sound_bounds, sound_input_box
+from certbench.bounds.sound import Deployment, rounding, sound_bounds
+from certbench.bounds.sound.deployment import SOUND_RULES
 from certbench.contract import Certificates, CertifyTask
 from certbench.data.dataset import Split
 from certbench.errors import RunError, UsageError
@@ -293,10 +294,10 @@ def from_center(low: Tensor, high: Tensor) -> Marked:
 
 def test_conversions_round_outward_and_would_not_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     assert escapes(from_ends) == escapes(from_center) == 0
-    monkeypatch.setattr(sound, "FOUR_UNITS", 1.0)
+    monkeypatch.setattr(rounding, "FOUR_UNITS", 1.0)
     assert escapes(from_ends) > 0
-    monkeypatch.setattr(sound, "down", lambda values: values)
-    monkeypatch.setattr(sound, "up", lambda values: values)
+    monkeypatch.setattr(rounding, "down", lambda values: values)
+    monkeypatch.setattr(rounding, "up", lambda values: values)
     assert escapes(from_center) > 0
 
 
@@ -330,9 +331,9 @@ def test_a_small_radius_needs_both_roundings() -> None:
 
 
 def test_without_round_off_the_formulas_give_plain_interval_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sound, "down", lambda values: values)
-    monkeypatch.setattr(sound, "up", lambda values: values)
-    monkeypatch.setattr(sound, "FOUR_UNITS", 1.0)
+    monkeypatch.setattr(rounding, "down", lambda values: values)
+    monkeypatch.setattr(rounding, "up", lambda values: values)
+    monkeypatch.setattr(rounding, "FOUR_UNITS", 1.0)
     network, images, labels = small_network(5), small_images(5, 4), torch.tensor([0, 1, 2, 0])
     graph, eps = trace(network, (1, 3, 3)), torch.full((4,), 0.05, dtype=torch.float64)
     with torch.no_grad():
@@ -457,20 +458,20 @@ def values_of(rule: str, a: Adversary, x: Fraction, y: Fraction) -> Fraction:
 
 def box_of(rule: str, run: Deployment, x: SoundBox, y: SoundBox) -> SoundBox:
     if rule == "add":
-        return sound.add(run, x, y)
+        return SOUND_RULES["aten.add.Tensor"](run, x, y)
     if rule == "shift":
-        return sound.sub(run, x, 0.1)
+        return SOUND_RULES["aten.sub.Tensor"](run, x, 0.1)
     if rule == "scale":
-        return sound.mul(run, 0.1, x)
+        return SOUND_RULES["aten.mul.Tensor"](run, 0.1, x)
     if rule == "div":
-        return sound.div(run, x, 0.3)
+        return SOUND_RULES["aten.div.Tensor"](run, x, 0.3)
     if rule == "leaky":
-        return run.stored(sound.leaky_relu(run, x, 0.1))
+        return run.stored(SOUND_RULES["aten.leaky_relu.default"](run, x, 0.1))
     pair = SoundBox(
         lower=torch.stack([x.lower, y.lower], -1)[:, :, None],
         upper=torch.stack([x.upper, y.upper], -1)[:, :, None],
     )
-    return sound.avg_pool2d(run, pair, [1, 2])
+    return SOUND_RULES["aten.avg_pool2d.default"](run, pair, [1, 2])
 
 
 RULES = ["add", "shift", "scale", "div", "leaky", "average"]
@@ -508,11 +509,12 @@ def test_library_functions_of_float32_stay_in_their_bounds(function: Callable[[T
     grid = torch.cat([torch.linspace(-120, 120, 200_001), torch.linspace(-1e-3, 1e-3, 20_001)])
     points = grid.double()[None]
     run = Deployment(PRECISIONS["float32"], points)
-    box = sound.library(run, SoundBox(lower=points, upper=points), function)
+    rule = SOUND_RULES[f"aten.{function.__name__}.default"]
+    box = rule(run, SoundBox(lower=points, upper=points))
     found = function(grid).double()
     assert ((found >= box.lower) & (found <= box.upper)).all()
     exact = replace(PRECISIONS["float32"], accumulator=0.0)
-    tight = sound.library(Deployment(exact, points), SoundBox(lower=points, upper=points), function)
+    tight = rule(Deployment(exact, points), SoundBox(lower=points, upper=points))
     assert not ((found >= tight.lower) & (found <= tight.upper)).all()
 
 

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from certbench.bounds.box import Box
 from certbench.bounds.graph import Graph, Statistics
-from certbench.bounds.linear import MEMORY_CAP, Plan, Slopes, Tape, margin_rows, refined
+from certbench.bounds.linear import MEMORY_CAP, Plan, margin_rows
+from certbench.bounds.precision import Precision
+from certbench.bounds.tape import Slopes, Tape
 
 STEPS = 20
 LEARNING_RATE = 0.1
@@ -21,6 +23,7 @@ def alpha_crown_margins(
     memory: int = MEMORY_CAP,
     steps: int = STEPS,
     learning_rate: float = LEARNING_RATE,
+    precision: Precision | None = None,
 ) -> Tensor:
     """As ``crown_margins``, with the slope of every open ReLU's lower line optimised for each image and margin.
 
@@ -33,22 +36,22 @@ def alpha_crown_margins(
         steps: gradient steps, each a backward pass of the bound and its gradient.
         learning_rate: of Adam, with a slope's range [0, 1] as the unit.
     """
-    plan = Plan(graph, box, statistics, memory, kept=True)
+    plan = Plan(graph, box, statistics, memory, precision, kept=True)
     parts = []
     for part, part_labels in plan.parts(box, labels):
         with torch.no_grad():
-            tape = refined(graph, part, statistics, plan)
+            tape = plan.refined(part)
         found = [
             _search(tape, graph.result, rows, steps, learning_rate)
             for rows in torch.split(margin_rows(tape, part_labels), plan.rows(len(part_labels)), 1)
         ]
         if torch.is_grad_enabled():
-            tape = refined(graph, part, statistics, plan)
+            tape = plan.refined(part)
             rows = margin_rows(tape, part_labels)
             slopes = {name: torch.cat([s[name] for _, s in found], 1) for name in found[0][1]}
-            parts.append(tape.lower_bound(graph.result, rows, slopes))
+            parts.append(tape.proved(tape.lower_bound(graph.result, rows, slopes)))
         else:
-            parts.append(torch.cat([margins for margins, _ in found], 1))
+            parts.append(tape.proved(torch.cat([margins for margins, _ in found], 1)))
     return torch.cat(parts)
 
 

@@ -10,27 +10,35 @@ import torch
 from torch import Tensor
 
 from certbench.bounds.alpha import LEARNING_RATE, STEPS, alpha_crown_margins
-from certbench.bounds.box import Box, input_box
-from certbench.bounds.decide import Bound, certify
+from certbench.bounds.box import input_box
+from certbench.bounds.decide import Bound, Margins, certify
 from certbench.bounds.graph import Graph
 from certbench.bounds.linear import crown_ibp_margins, crown_margins
-from certbench.bounds.precision import find_precision
+from certbench.bounds.precision import Precision, find_precision
 from certbench.bounds.radius import GRID
-from certbench.bounds.sound import sound_margins
+from certbench.bounds.sound import sound_input_box, sound_margins
 from certbench.contract import Certificates, CertifyTask
 from certbench.errors import UsageError, nearest
 from certbench.models.kernels import SWITCHES
-from certbench.recipe import SOUND_CERTIFIERS
 
 
-def _interval(graph: Graph, images: Tensor, eps: Tensor, labels: Tensor) -> Tensor:
+def _interval(
+    graph: Graph, images: Tensor, eps: Tensor, labels: Tensor, precision: Precision | None = None
+) -> Tensor:
+    if precision is not None:
+        return sound_margins(graph, images, eps, labels, precision)
     return graph.bound(input_box(images, eps)).margins(labels)
 
 
-def _linear(
-    margins: Callable[[Graph, Box, Tensor], Tensor],
-) -> Callable[[Graph, Tensor, Tensor, Tensor], Tensor]:
-    return lambda graph, images, eps, labels: margins(graph, input_box(images, eps), labels)
+def _linear(margins: Callable[..., Tensor]) -> Margins:
+    def bound(
+        graph: Graph, images: Tensor, eps: Tensor, labels: Tensor, precision: Precision | None = None
+    ) -> Tensor:
+        box = input_box(images, eps) if precision is None else sound_input_box(images, eps)
+        found: Tensor = margins(graph, box, labels, precision=precision)
+        return found
+
+    return bound
 
 
 FINE, COARSE = 2.0**-20, 2.0**-10
@@ -88,8 +96,7 @@ def find_certifier(name: str, guarantee: str | None = None, deploy: str = "float
         guarantee: ``real_arith``, or ``float_sound``: every floating-point evaluation at ``deploy`` is covered.
 
     Raises:
-        UsageError: unknown name, which gets the nearest known one; a name twice in a cascade; or a bound that has no
-            float-sound form.
+        UsageError: unknown name, which gets the nearest known one; or a name twice in a cascade.
     """
     names = [part.strip() for part in name.split(">")]
     for part in names:
@@ -102,15 +109,10 @@ def find_certifier(name: str, guarantee: str | None = None, deploy: str = "float
 
 
 def _sound(bound: Bound, deploy: str) -> Bound:
-    if bound.name not in SOUND_CERTIFIERS:
-        raise UsageError(
-            f'certifier {bound.name!r} has no float-sound form; set certify.guarantee = "real_arith", or use '
-            f"{', '.join(SOUND_CERTIFIERS)}"
-        )
     precision = find_precision(deploy)
 
     def margins(graph: Graph, images: Tensor, eps: Tensor, labels: Tensor) -> Tensor:
-        found = sound_margins(graph, images, eps, labels, precision)
+        found = bound.margins(graph, images, eps, labels, precision)
         return torch.where(found.isnan(), -torch.inf, found)  # a number may overflow: nothing is proved
 
     settings = {**bound.settings, "deploy": deploy, "kernels": SWITCHES}

@@ -35,13 +35,18 @@ _PROBE = 250
 """Images on which the folded network is compared with the trained one."""
 
 
+Margins = Callable[..., Tensor]
+"""(graph, images, one radius each, labels) -> lower bounds of ``z_y - z_j`` over the balls around the images,
+intersected with [0, 1], shape (batch, classes - 1); with a :class:`Precision` as a fifth argument, for every
+evaluation at that deployment."""
+
+
 @dataclass(frozen=True)
 class Bound:
     """One way to bound margins, as certifiers use it.
 
     Args:
-        margins: (graph, images, one radius each, labels) -> lower bounds of ``z_y - z_j`` over the balls around the
-            images, intersected with [0, 1], shape (batch, classes - 1).
+        margins: see :data:`Margins`.
         monotone: whether the bounds never increase with the radius; if not, the radius search scans first.
         chunk: images per pass. Part of the protocol: the shape of a batch decides the last bits of its results.
         tolerance: width of the final bracket of a radius, as a share of the cap.
@@ -51,7 +56,7 @@ class Bound:
 
     name: str
     summary: str
-    margins: Callable[[Graph, Tensor, Tensor, Tensor], Tensor]
+    margins: Margins
     monotone: bool
     chunk: int
     tolerance: float

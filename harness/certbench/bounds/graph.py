@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +93,38 @@ class Bounds:
         return merged_margins(self.features, self.weight, self.bias, labels)
 
 
+class Rules(Protocol):
+    """How a pass bounds one operation after the other."""
+
+    def rule(self, graph: Graph, node: Node) -> Callable[..., Any]:
+        """What bounds an operation that a box enters, with the operation's own signature.
+
+        Raises:
+            UsageError: there is none; names the node and how to add one.
+        """
+
+    def check_constant(self, graph: Graph, node: Node, values: list[Any]) -> None:
+        """An operation on ``values`` that do not depend on the input is about to be computed as it stands.
+
+        Raises:
+            UsageError: that would not be sound.
+        """
+
+
+class IntervalRules:
+    """The rules of interval arithmetic, which know nothing of rounding."""
+
+    def rule(self, graph: Graph, node: Node) -> Callable[..., Any]:
+        if node.operation not in RULES:
+            raise UsageError(
+                f"node {node.name} ({node.operation}) of {type(graph.network).__name__} has no interval rule; add one "
+                f'with @certbench.bounds.interval_rule("{node.operation}"), or choose another model'
+            )
+        return RULES[node.operation]
+
+    def check_constant(self, graph: Graph, node: Node, values: list[Any]) -> None: ...
+
+
 class Graph:
     """A network as canonical operations, sharing the module's parameters, buffers and modes."""
 
@@ -147,8 +179,9 @@ class Graph:
         statistics: Statistics | None = None,
         keep: Collection[str] = (),
         visit: Visit | None = None,
+        rules: Rules | None = None,
     ) -> Bounds:
-        """Push a box of raw images through the network by the interval rules.
+        """Push a box of raw images through the network.
 
         Args:
             box: the inputs, shape (batch, channels, height, width) in raw pixels.
@@ -156,10 +189,12 @@ class Graph:
                 batch norms use their running statistics. Nothing is updated.
             keep: operations, such as ``RELU``, whose input boxes are wanted.
             visit: sees every operation that a box enters, the last one included, and may tighten that box.
+            rules: by which operations are bounded; the interval rules by default.
 
         Raises:
-            UsageError: an operation has no interval rule; names the node and how to add one.
+            UsageError: an operation has no rule; names the node and how to add one.
         """
+        rules = rules or IntervalRules()
         values = self._start(box)
         kept: list[Box] = []
         for node in self.nodes:
@@ -169,15 +204,18 @@ class Graph:
                     if visit is not None:
                         visit(node, arguments, {})
                     return Bounds(features, weight, bias[0] if bias else None, kept)
-            arguments = [_resolve(a, values) for a in node.arguments]
-            if not _has_box(arguments):
-                values[node.name] = node.function(*arguments, **_resolve_options(node, values))
+            arguments, options = [_resolve(a, values) for a in node.arguments], _resolve_options(node, values)
+            if not _has_box([*arguments, *options.values()]):
+                rules.check_constant(self, node, [*arguments, *options.values()])
+                values[node.name] = node.function(*arguments, **options)
                 continue
+            if node.operation.startswith("aten._assert"):
+                continue  # checked when the network was traced
             if node.operation in keep:
                 kept.append(arguments[0])
             if node.name in self._norms:
                 arguments[3:5] = self._frozen_statistics(node, arguments, statistics)
-            rule, options = self._rule(node), _resolve_options(node, values)
+            rule = rules.rule(self, node)
             if visit is not None:
                 visit(node, arguments, options)
             values[node.name] = rule(*arguments, **options)
@@ -213,16 +251,6 @@ class Graph:
                 f"batch norm {node.name} is in training mode: pass the statistics of a clean run, or call eval()"
             )
         return statistics[node.name]
-
-    def _rule(self, node: Node) -> Any:
-        if node.operation not in RULES and node.operation.startswith("aten._assert"):
-            return lambda *_, **__: None
-        if node.operation not in RULES:
-            raise UsageError(
-                f"node {node.name} ({node.operation}) of {type(self.network).__name__} has no interval rule; add one "
-                f'with @certbench.bounds.interval_rule("{node.operation}"), or choose another model'
-            )
-        return RULES[node.operation]
 
 
 def _train_batch_norm(

@@ -77,8 +77,8 @@ class Precision:
         return _rounded_up((1 + Fraction(self.storage)) * (1 + _exact_gamma(n + 2, self.accumulator)) - 1)
 
     def library(self) -> float:
-        """A library function that errs by a few units in the last place."""
-        return gamma(8, self.accumulator)
+        """One unit round-off of a library function, as it is called at deployment and in float64."""
+        return _rounded_up(_exact_gamma(1, self.accumulator) + _exact_gamma(1, self.unit))
 
     def own(self, n: int) -> float:
         """g(n, u): what float64 itself may lose over n operations."""
