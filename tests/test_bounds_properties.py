@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from certbench.bounds import (
+    PRECISIONS,
     Box,
     Graph,
     alpha_crown_margins,
@@ -24,9 +28,12 @@ from certbench.bounds import (
     crown_margins,
     input_box,
     interval,
+    sound_input_box,
     trace,
 )
 from certbench.bounds.backward import BACKWARD, Terms
+from certbench.bounds.sound import sound_bounds
+from certbench.models.kernels import plain_kernels
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Using padding='same' with even kernel:UserWarning"
@@ -271,6 +278,44 @@ def test_interval_bounds_are_nested_and_radius_0_gives_the_clean_network(plan: P
     for name, margins in MARGINS.items():
         bound = margins(drawn.graph, input_box(drawn.images, 0.0), drawn.labels)
         torch.testing.assert_close(bound, true, rtol=0, atol=1e-8 * (1 + float(clean.abs().max())), msg=name)
+
+
+# Deployed evaluations ------------------------------------------------------------------------------------------------
+
+EVALUATED = {
+    "float32": torch.float32, "float64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16,
+}  # fmt: skip
+SOUND: dict[str, Callable[..., Tensor]] = {
+    "ibp": lambda graph, box, labels, precision: sound_bounds(graph, box, precision).margins(labels),
+    "crown-ibp": crown_ibp_margins,
+    "crown": crown_margins,
+    "alpha-crown": partial(alpha_crown_margins, steps=2),
+}
+
+
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+def test_no_deployed_evaluation_leaves_the_float_sound_bounds(activation: str) -> None:
+    """Every activation, and with them in turn every layer; PyTorch's own kernels of each number type."""
+    layer = LAYERS[sorted(ACTIVATIONS).index(activation) % len(LAYERS)]
+    network = Plan(7, ("conv", layer), (activation, activation), 0.0).network().float()
+    images, eps = torch.rand(IMAGES, 2, SIDE, SIDE), 2.0**-7
+    labels, wide = torch.randint(CLASSES, (IMAGES,)), images.double()
+    points = (images + eps * (2 * torch.rand(100, *images.shape) - 1).sign()).clamp(0, 1)
+    points = torch.cat([images[None], points])
+    inside = ((points.double() - wide).abs() <= eps).flatten(2).all(2)
+    assert inside.float().mean() > 0.3
+    true = {}
+    with plain_kernels():
+        for name, dtype in EVALUATED.items():
+            logits = deepcopy(network).to(dtype)(points.to(dtype).flatten(0, 1)).double()
+            margins = true_margins(logits.unflatten(0, points.shape[:2]), labels)
+            true[name] = margins.masked_fill(~inside[..., None], torch.inf).amin(0)
+    graph = trace(network.double(), (2, SIDE, SIDE))
+    for name, (kind, bound) in product(EVALUATED, SOUND.items()):
+        box = sound_input_box(wide, torch.full((IMAGES,), eps, dtype=torch.float64))
+        found = bound(graph, box, labels, precision=PRECISIONS[name])
+        assert found.isfinite().all()
+        assert (found <= true[name]).all(), (name, kind)
 
 
 # The properties above must be able to fail ----------------------------------------------------------------------------
