@@ -10,8 +10,9 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from certbench.bounds import Box, input_box, trace
+from certbench.bounds import PRECISIONS, Box, input_box, sound_input_box, trace
 from certbench.bounds.interval import RULES
+from certbench.bounds.sound import sound_bounds
 from certbench.errors import UsageError
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
@@ -33,6 +34,8 @@ def test_networks_of_others_are_bounded_without_changes(name: str) -> None:
     clean = network(images)
     slack = 1e-9 * float(clean.abs().max())
     torch.testing.assert_close(graph.run(images).logits, clean)
+    # hardly anything could be proved of such random networks, but every operation has its rule
+    sound_bounds(graph, sound_input_box(images, torch.zeros(2, dtype=torch.float64)), PRECISIONS["float64"])
     for eps in (1e-5, 1e-7):
         box = graph.bound(input_box(images, eps)).logits
         assert (box.lower < box.upper).all()
@@ -115,6 +118,30 @@ def test_the_interval_rule_of_an_operation_holds_its_samples_and_nothing_more(na
     if name not in {"scaled sum", "softplus at its switch"}:  # the first loses what it shares with itself
         torch.testing.assert_close(values.amin(0), box.lower, rtol=0, atol=0.02)
         torch.testing.assert_close(values.amax(0), box.upper, rtol=0, atol=0.02)
+
+
+REFUSED = {"exp", "scaled sum"}
+"""Operations with an interval rule and no float-sound one."""
+
+
+@pytest.mark.parametrize("name", sorted(FUNCTIONS))
+def test_the_float_sound_rule_of_an_operation_holds_its_interval_and_hardly_more(name: str) -> None:
+    torch.manual_seed(1)
+    graph = trace(Function(lambda x: FUNCTIONS[name](2 * x - 1)), (2, 4, 4))
+    images, eps = torch.rand(3, 2, 4, 4, dtype=torch.float64), torch.full((3,), 0.2, dtype=torch.float64)
+    box = sound_input_box(images, eps)
+    if name in REFUSED:
+        with pytest.raises(UsageError, match="has no float-sound rule"):
+            sound_bounds(graph, box, PRECISIONS["float64"])
+        return
+    found, plain = (
+        sound_bounds(graph, box, PRECISIONS["float64"]).features,
+        graph.bound(input_box(images, eps)),
+    )
+    slack = 1.0 if "softplus" in name else 1e-12  # that one steps down by exp(-0.1) somewhere
+    for inner, outer in ((plain.features.lower, found.lower), (-plain.features.upper, -found.upper)):
+        assert (outer <= inner + 1e-15).all()
+        assert (outer >= inner - slack).all()
 
 
 @pytest.mark.parametrize(
