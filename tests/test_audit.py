@@ -22,8 +22,10 @@ from torch.nn import functional as F
 
 import certbench
 from certbench.audit.ball import ball, contains, contains_exactly, distance
+from certbench.audit.bounded import UnsupportedError
 from certbench.audit.certificates import AuditTask, audit
-from certbench.audit.enclosure import Enclosure, UnsupportedError
+from certbench.audit.deployment import DeployedNetwork, to_tf32
+from certbench.audit.enclosure import Enclosure
 from certbench.audit.judges import RealJudge
 from certbench.audit.losses import logits_ratio, smallest_margin
 from certbench.audit.registry import ATTACKS, Attack, Phase, find_attack, register_attack
@@ -379,7 +381,7 @@ class Branching(nn.Module):
 @pytest.mark.parametrize(
     ("network", "words"),
     [
-        (nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Softplus()), "no rule for module .*Softplus"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Softsign()), "no rule for module .*Softsign"),
         (Branching(), "cannot be traced"),
     ],
 )
@@ -458,13 +460,79 @@ def test_a_flip_of_float32_alone_refutes_only_what_covers_round_off(guarantee: s
     assert found.columns["found"].all() and (found.columns["distance"] <= 1e-9).all()
 
 
+def tied(weight: float) -> tuple[nn.Module, Split]:
+    """The margin is ``weight x1 - x2`` with x1 = x2 = 1: positive, and lost where the weight is rounded to 1."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(2, 2, bias=False))
+    with torch.no_grad():
+        network[1].weight.copy_(torch.tensor([[weight, -1.0], [0.0, 0.0]]))
+    return network.eval(), Split(torch.tensor([[[[255, 255]]]], dtype=torch.uint8), torch.tensor([0]))
+
+
+@pytest.mark.parametrize(
+    ("bits", "flips"),
+    [(5, ()), (9, ("bf16",)), (12, ("bf16", "fp16", "tf32")), (22, ("bf16", "fp16", "tf32"))],
+)
+def test_a_deployment_is_attacked_as_it_computes(bits: int, flips: tuple[str, ...]) -> None:
+    network, split = tied(1 + 2.0**-bits)
+    for deploy in ("float32", "float64", "tf32", "bf16", "fp16"):
+        claims = {"radius": np.array([1e-9]), "recipe_radius": Fraction(1, 10**9)}
+        found = audit(task(network, split, guarantee="float_sound", deploy=deploy, **claims))
+        assert found.limit == ""
+        assert list(found.columns["outcome"]) == ["refuted" if deploy in flips else "held"] * 2, deploy
+
+
+@given(st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=False))
+@settings(max_examples=200, deadline=None)
+def test_tf32_keeps_ten_bits_and_rounds_to_the_nearest(value: float) -> None:
+    rounded = to_tf32(torch.tensor([value]))
+    assert rounded.view(torch.int32).item() & 0x1FFF == 0
+    if rounded.isfinite().all():
+        assert abs(Fraction(rounded.item()) - Fraction(value)) <= abs(Fraction(value)) / 2**11
+
+
+def test_gradients_pass_the_rounding_to_tf32() -> None:
+    network, split = tied(1 + 2.0**-12)
+    image = to_pixels(split.images, 255).requires_grad_(True)
+    deployed = DeployedNetwork(network, "tf32", torch.device("cpu"), (1, 1, 2))
+    logits = deployed(image)
+    assert logits.tolist() == [[0.0, 0.0]]
+    assert torch.autograd.grad(logits[0, 0], image)[0].flatten().tolist() == [1.0, -1.0]
+
+
+class OnlyWide(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype is torch.float16:
+            raise NotImplementedError('"odd_kernel" not implemented for Half')
+        return x.flatten(1)
+
+
+def test_where_a_deployment_cannot_be_run_nothing_is_attacked_and_the_reason_is_said() -> None:
+    split = Split(torch.tensor([[[[255, 100]]]], dtype=torch.uint8), torch.tensor([0]))
+    found = audit(task(OnlyWide(), split, guarantee="float_sound", deploy="fp16"))
+    assert set(found.columns["outcome"]) == {"not_attacked"} and "odd_kernel" in found.limit
+    assert audit(task(OnlyWide(), split, guarantee="float_sound", deploy="bf16")).limit == ""
+
+
+def test_a_flip_with_smooth_activations_is_refuted_too() -> None:
+    """Their errors are bounded, so what float64 shows is proved."""
+    network = nn.Sequential(
+        nn.Flatten(), nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)
+    )
+    with torch.no_grad():
+        network[1].weight.mul_(10), network[3].weight.mul_(10)
+    images = torch.randint(0, 256, (10, 1, 2, 2), dtype=torch.uint8)
+    labels = network.eval()(to_pixels(images, 255)).argmax(1)
+    found = audit(task(network, Split(images, labels), radius=np.ones(10), recipe_radius=Fraction(1)))
+    assert found.limit == "" and found.count("refuted") > 0 and found.count("refuted_in_float") == 0
+
+
 def test_an_unconfirmable_witness_is_counted_and_said_never_dropped() -> None:
-    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Softplus()).eval()
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Softsign()).eval()
     images = torch.randint(0, 256, (20, 1, 2, 2), dtype=torch.uint8)
     labels = network(to_pixels(images, 255)).argmax(1)
     claims = {"radius": np.ones(20), "recipe_radius": Fraction(1)}
     found = audit(task(network, Split(images, labels), **claims))
-    assert "Softplus" in found.limit and found.count("refuted_in_float") > 0 and found.count("refuted") == 0
+    assert "Softsign" in found.limit and found.count("refuted_in_float") > 0 and found.count("refuted") == 0
     assert audit(task(network, Split(images, labels), guarantee="float_sound", **claims)).count("refuted") > 0
 
 

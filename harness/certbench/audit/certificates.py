@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from certbench.audit.ball import ball, contains, contains_exactly, distance
+from certbench.audit.deployment import DeployedNetwork, NotDeployableError
 from certbench.audit.judges import DeployedJudge, RealJudge
 from certbench.audit.registry import CHUNK, Attack
 from certbench.audit.search import Found, hunt
@@ -22,9 +22,6 @@ from certbench.data.dataset import Split, to_pixels
 from certbench.errors import RunError
 from certbench.seeding import derive_seed
 from certbench.threat import round_down
-
-DEPLOYED = {"float32": torch.float32, "float64": torch.float64}
-"""Precisions in which a deployed network can be run here; certificates for others are ``not_attacked``."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +77,12 @@ def audit(task: AuditTask) -> Audit:
     rows = _rows(task)
     balls, place = np.unique(rows.balls, return_inverse=True)
     found, far = np.full(len(balls), NOT_ATTACKED), np.full(len(balls), np.nan)
-    limit = f"a network deployed in {task.deploy} cannot be run here"
-    if task.deploy in DEPLOYED:
-        network = _frozen(task.network, DEPLOYED[task.deploy], task.device)
-        shape = tuple(task.split.images.shape[1:])
+    shape = tuple(task.split.images.shape[1:])
+    try:
+        network = DeployedNetwork(task.network, task.deploy, task.device, shape)
+    except NotDeployableError as error:
+        limit = str(error)
+    else:
         judge = DeployedJudge(network) if task.guarantee == "float_sound" else RealJudge(task.network, shape)
         limit = judge.limit
         for part, level, away in _attack(task, network, judge, balls):
@@ -150,21 +149,6 @@ def _rows(task: AuditTask) -> _Rows:
     certified = np.concatenate([task.verdict[correct] == "certified", np.ones(len(own), dtype=bool)])
     order = np.lexsort((kind.astype(str), every["index"]))
     return _Rows(every[order], kind[order], certified[order])
-
-
-def _frozen(network: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """A copy to attack, which takes float32 images whatever its own precision."""
-    copied = copy.deepcopy(network).to(device=device, dtype=dtype).eval().requires_grad_(False)
-    return copied if dtype is torch.float32 else nn.Sequential(_Cast(dtype), copied)
-
-
-class _Cast(nn.Module):
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.to(self.dtype)
 
 
 # Chunks ------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from certbench.audit.enclosure import Enclosure, UnsupportedError
+from certbench.audit.bounded import UnsupportedError
+from certbench.audit.enclosure import Enclosure
 from certbench.audit.losses import smallest_margin
 
 CHUNK = 32

@@ -194,7 +194,9 @@ def record(
         slack = None
         if run is not None:
             slack = run.slack(graph, node, arguments, options)
-            tape.sums |= {a.name: run.adding(b) for a, b in zip(_activations(seen), _boxes(arguments), strict=True)}
+            tape.sums |= {
+                a.name: run.adding(b) for a, b in zip(_activations(seen), _boxes(arguments), strict=True)
+            }
         tape.steps.append(Step(node.name, node.operation, rule, seen, options, slack))
 
     bounds = graph.bound(box, statistics, visit=visit, rules=run)

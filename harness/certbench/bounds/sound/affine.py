@@ -148,7 +148,9 @@ def average(run: Deployment, x: SoundBox, pool: Pool) -> SoundBox:
     deployed, own = p.average(n), p.own(n + 2)
     magnitude = x.magnitude
     run.guard(per_image(magnitude) * (n * (1 + deployed)), p.sum_largest)
-    rho = x.radius + deployed * magnitude + own * x.center.abs() + (1 + deployed) * magnitude.clamp_max(p.flush)
+    rho = (
+        x.radius + deployed * magnitude + own * x.center.abs() + (1 + deployed) * magnitude.clamp_max(p.flush)
+    )
     radius = (pool.apply(rho) + _pool_underflow(p, n)) * p.cover(n)
     return run.checked(SoundBox(center=pool.apply(x.center), radius=radius))
 
@@ -166,7 +168,9 @@ def _pool_underflow(p: Precision, n: int) -> float:
 
 def _pool_rules(operation: str, pool_of: Callable[..., Pool]) -> None:
     sound_rule(operation)(lambda run, x, *a, **k: average(run, as_sound(x), pool_of(x, *a, **k)))
-    slack_rule(operation)(lambda run, own, x, *a, **k: average_slack(run, own, as_sound(x), pool_of(x, *a, **k)))
+    slack_rule(operation)(
+        lambda run, own, x, *a, **k: average_slack(run, own, as_sound(x), pool_of(x, *a, **k))
+    )
 
 
 def _avg_pool(function: Callable[..., Tensor], _x: Box, kernel: list[int], *geometry: Any) -> Pool:
@@ -183,7 +187,12 @@ def _adaptive(function: Callable[..., Tensor], x: Box, size: list[int]) -> Pool:
 
 
 def _over(
-    what: str, function: Callable[..., Tensor], x: Box, dim: list[int] | None, keepdim: bool = False, dtype: Any = None
+    what: str,
+    function: Callable[..., Tensor],
+    x: Box,
+    dim: list[int] | None,
+    keepdim: bool = False,
+    dtype: Any = None,
 ) -> Pool:
     if dtype is not None:
         raise UsageError(f"a {what} in another number type ({dtype}) has no float-sound rule")

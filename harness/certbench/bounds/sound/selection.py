@@ -86,7 +86,12 @@ def pad(
 
 @slack_rule("aten.pad.default", "aten.constant_pad_nd.default")
 def pad_slack(
-    run: Deployment, own: float, x: SoundBox, widths: list[int], mode: str = "constant", value: float | None = None
+    run: Deployment,
+    own: float,
+    x: SoundBox,
+    widths: list[int],
+    mode: str = "constant",
+    value: float | None = None,
 ) -> Tensor:
     """A reflected entry has its coefficients summed up, and so has the constant of a frame."""
     size = aten.pad.default(x.magnitude, widths, mode, None if mode != "constant" else abs(value or 0.0))
