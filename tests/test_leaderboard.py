@@ -17,12 +17,16 @@ from click.testing import CliRunner
 
 from certbench.cli.leaderboard import command
 from certbench.errors import DataError, FoundError, RunError, UsageError
+from certbench.leaderboard import build as building
 from certbench.leaderboard.board import Board, boards
-from certbench.leaderboard.build import build, check, write
+from certbench.leaderboard.build import write
+from certbench.leaderboard.escape import csv_cell
+from certbench.leaderboard.escape import markdown as escape_markdown
 from certbench.leaderboard.metrics import measure
-from certbench.leaderboard.tables import csv_cell, escape_markdown, markdown, plain, records
+from certbench.leaderboard.records import records
+from certbench.leaderboard.tables import markdown, plain
 from certbench.leaderboard.terminal import show_board
-from certbench.results.checks import round_down
+from certbench.threat import round_down
 from certbench.results.schema import CERTIFICATES
 from certbench.results.store import ResultStore, certify_stage
 from certbench.threat import round_up
@@ -125,6 +129,14 @@ def time(folder: Path, run: str, stage: str, seconds: float, second: int = 0, de
     ResultStore(folder / "results").write_timing(row)
 
 
+def build(folder: Path) -> dict[str, str]:
+    return building.build(folder, page=False).files
+
+
+def check(folder: Path) -> list[str]:
+    return building.check(folder).found
+
+
 def only(folder: Path) -> Board:
     (board,) = boards(ResultStore(folder / "results"))
     return board
@@ -178,10 +190,10 @@ def test_published_figures_stand_below_with_the_difference(folder: Path) -> None
     first, second = only(folder).rows
     (published,) = first.published
     assert second.published == ()
-    assert published.clean is not None and published.certified is not None
-    assert (published.clean.mean, published.clean.deviation) == (48.28, None)
-    assert (published.certified.mean, published.certified.deviation) == (34.42, 0.4)
-    assert published.clean_difference == 32.97 and published.certified_difference == 28.08
+    assert {"clean", "certified"} == set(published.figures)
+    assert (published.figures["clean"].mean, published.figures["clean"].deviation) == (48.28, None)
+    assert (published.figures["certified"].mean, published.figures["certified"].deviation) == (34.42, 0.4)
+    assert published.difference("clean") == 32.97 and published.difference("certified") == 28.08
     text = markdown(only(folder)).splitlines()
     at = next(i for i, line in enumerate(text) if line.startswith("| fast-ibp"))
     assert "arXiv 2103.17268, Table 1" in text[at + 1] and "+28.08" in text[at + 1]
@@ -191,7 +203,7 @@ def test_published_figures_stand_below_with_the_difference(folder: Path) -> None
 def test_a_corrected_reference_shows_both_until_all_seeds_have_it(folder: Path) -> None:
     add(folder, "d", [C] * 8, seed=2, reference=REFERENCE | {"clean_error": 50.0})
     published = only(folder).rows[0].published
-    assert sorted(p.clean.mean for p in published if p.clean) == [48.28, 50.0]
+    assert sorted(p.figures["clean"].mean for p in published) == [48.28, 50.0]
 
 
 def test_rows_rank_by_certified_then_clean_accuracy(tmp_path: Path) -> None:

@@ -44,7 +44,8 @@ class MethodCard:
     """What a method says of itself; leaderboards and ``certbench list methods`` read it.
 
     ``settings`` validates the ``[method]`` table; ``recipes`` is a folder of TOML files; ``certifier`` names the one of
-    the core's that a recipe gets unless it names another.
+    the core's that a recipe gets unless it names another. ``published`` is a folder of TOML files with the figures of
+    papers (:class:`certbench.leaderboard.published.PublishedFile`).
 
     ``numerics`` is raised whenever a change of the method moves numbers. It, not the distribution's version, enters
     the run id, so an update that changes no number does not force anyone to train again.
@@ -60,6 +61,7 @@ class MethodCard:
     recipes: Traversable | None = None
     numerics: int = 1
     limits: str = ""
+    published: Traversable | None = None
 
 
 class Reporter(Protocol):

@@ -1,17 +1,45 @@
-"""Derived files: built from the rows in ``<folder>/results``, written beside them, and compared with them."""
+"""Derived files: built from the rows in ``<folder>/results``, written beside them, and compared with them.
+
+What is built is a function of the rows and of ``methods.json`` beside the boards, to which the cards and published
+figures of installed methods are copied (:mod:`certbench.leaderboard.published`); and of the versions of the packages
+that draw the page.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from certbench.errors import RunError, UsageError
+from certbench.leaderboard import records, tables
 from certbench.leaderboard.board import Board, boards
-from certbench.leaderboard.tables import CSV_MARKER, MARKER, comma_separated, index, markdown
+from certbench.leaderboard.comparison import reproduction
+from certbench.leaderboard.published import NOTES, Notes, read_notes, refreshed
+from certbench.plugins import installed
 from certbench.results.files import write_atomically
 from certbench.results.store import ResultStore
 
+PAGE = "index.html"
+_MARKERS = {
+    ".md": (f"{tables.MARKER}\n",),
+    ".tex": (f"{tables.LATEX_MARKER}\n",),
+    ".csv": records.CSV_MARKERS,
+    ".json": ('{\n "derived": "certbench: ',),
+    ".html": ("<!doctype html>\n<!-- certbench: derived from rows; do not edit -->\n",),
+}
+"""How derived files begin, by their suffix; no other file is ever replaced or removed."""
+_RESERVED = ("index", "reproduction")
 
-def read_boards(folder: Path) -> list[Board]:
+
+@dataclass(frozen=True)
+class Built:
+    """The text of every derived file by its name, and why the page is not among them, if it is not."""
+
+    files: dict[str, str]
+    without_page: str | None = None
+
+
+def read_boards(folder: Path, notes: Notes | None = None) -> list[Board]:
     """The boards of a folder that holds ``results/``.
 
     Raises:
@@ -22,31 +50,52 @@ def read_boards(folder: Path) -> list[Board]:
         raise UsageError(
             f"{folder} holds no folder results/; name one that does, such as the --out of `certbench run`"
         )
-    return boards(ResultStore(folder / "results"))
+    return boards(ResultStore(folder / "results"), notes if notes is not None else read_notes(folder))
 
 
-def build(folder: Path) -> dict[str, str]:
-    """The text of every derived file by its name; a function of the rows alone. Raises as :func:`read_boards`."""
-    found = read_boards(folder)
-    files = {"index.md": index(found)}
+def build(folder: Path, page: bool = True) -> Built:
+    """Every derived file of a folder; with ``page`` the page too, where what draws it is installed.
+
+    Raises as :func:`read_boards`.
+    """
+    from certbench.leaderboard.page import missing
+
+    notes = refreshed(read_notes(folder), installed())
+    found = read_boards(folder, notes)
+    files: dict[str, str] = {}
     for board in found:
-        if board.name == "index":
-            raise UsageError("a board cannot be called 'index', the name of the page that lists all boards")
-        files[f"{board.name}.md"] = markdown(board)
-        files[f"{board.name}.csv"] = comma_separated(board)
-    return files
+        if board.name in _RESERVED:
+            raise UsageError(f"a board cannot be called {board.name!r}, the name of another page")
+        files[f"{board.name}.md"] = tables.markdown(board)
+        files[f"{board.name}.csv"] = records.comma_separated(board)
+        files[f"{board.name}.tex"] = tables.latex(board)
+    cells = reproduction([(board.radius, row) for board in found for row in board.rows], notes)
+    if cells:
+        files["reproduction.md"] = tables.reproduction(cells)
+        files["reproduction.csv"] = records.reproduction(cells)
+    files["index.md"] = tables.index(found, ["reproduction"] if cells else [])
+    if notes.methods:
+        files[NOTES] = notes.text()
+    if not page:
+        return Built(files, "not asked for")
+    lacking = missing()
+    if lacking is None:
+        from certbench.leaderboard.page import render
+
+        files[PAGE] = render(found, cells, notes)
+    return Built(files, lacking)
 
 
-def write(folder: Path) -> list[str]:
+def write(folder: Path, page: bool = True) -> list[str]:
     """Write the derived files, remove those of boards that are gone, and return the names of the files that stand.
 
-    Only files that carry the marker of derived files are ever replaced or removed.
+    A page that cannot be drawn here is removed: it would show other rows than the tables.
 
     Raises:
         RunError: a file cannot be written, or a file of that name was written by somebody else.
         UsageError, DataError: as :func:`read_boards`; nothing is written then.
     """
-    files = build(folder)
+    files = build(folder, page).files
     for name in files:
         if (folder / name).exists() and not _is_derived(folder / name):
             raise RunError(
@@ -61,32 +110,43 @@ def write(folder: Path) -> list[str]:
     return sorted(files)
 
 
-def check(folder: Path) -> list[str]:
-    """Derived files that are not what the rows say, as ``name: missing``, ``differs`` or ``no board``; empty if none.
+@dataclass(frozen=True)
+class Checked:
+    """Derived files that are not what the rows say, as ``name: missing``, ``differs`` or ``no board``; and what could
+    not be compared, with the reason."""
 
-    Raises as :func:`read_boards`.
-    """
-    files = build(folder)
+    found: list[str]
+    unchecked: str | None = None
+
+
+def check(folder: Path) -> Checked:
+    """Compare the derived files of a folder with what its rows say. Raises as :func:`read_boards`."""
+    built = build(folder)
     found = []
-    for name, text in files.items():
+    for name, text in built.files.items():
         path = folder / name
         if not path.is_file():
             found.append(f"{name}: missing")
         elif path.read_bytes() != text.encode():
             found.append(f"{name}: differs")
-    found += [f"{path.name}: no board" for path in _stale(folder, files)]
-    return sorted(found)
+    unchecked = None
+    stale = _stale(folder, built.files)
+    if built.without_page and folder / PAGE in stale:
+        stale.remove(folder / PAGE)
+        unchecked = f"{PAGE} was not compared: {built.without_page}"
+    found += [f"{path.name}: no board" for path in stale]
+    return Checked(sorted(found), unchecked)
 
 
 def _stale(folder: Path, files: dict[str, str]) -> list[Path]:
-    paths = [*folder.glob("*.md"), *folder.glob("*.csv")]
+    paths = [path for suffix in _MARKERS for path in folder.glob(f"*{suffix}")]
     return sorted(path for path in paths if path.name not in files and _is_derived(path))
 
 
 def _is_derived(path: Path) -> bool:
-    marker = (CSV_MARKER if path.suffix == ".csv" else f"{MARKER}\n").encode()
     try:
         with path.open("rb") as file:
-            return file.read(len(marker)) == marker
+            start = file.read(200)
     except OSError:
         return False
+    return start.startswith(tuple(marker.encode() for marker in _MARKERS[path.suffix]))

@@ -1,136 +1,27 @@
-"""Boards as Markdown, as CSV, as records for programs and as text for a terminal.
+"""Boards as Markdown, as LaTeX and as text for a terminal or a pipe.
 
-Names, sources and settings come from recipes and plugins that anybody may write, so every string is made inert for the
-place it is shown in. Nothing here depends on the clock, the machine or the locale: equal boards give equal bytes.
+Nothing here depends on the clock, the machine or the locale: equal boards give equal bytes.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import re
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from tabulate import tabulate
 
-from certbench.leaderboard.board import Audited, Board, Figure, Published, Row
-from certbench.threat import format_radius
+from certbench.leaderboard import columns as c
+from certbench.leaderboard import escape
+from certbench.leaderboard.board import Board
+from certbench.leaderboard.columns import Column, cells, columns, lines
+from certbench.leaderboard.comparison import Cell
+from certbench.leaderboard.foot import DERIVED, VOIDED, foot, voided
+from certbench.leaderboard.published import PublishedFigure
+from certbench.leaderboard.row import Row
 
 MARKER = "<!-- certbench: derived from rows; do not edit -->"
 """The first line of every derived Markdown file."""
-CSV_MARKER = "certbench_board,"
-"""How every derived CSV file begins."""
-
-GUARANTEES = {
-    "real_arith": "proved in real arithmetic, computed in floating point; round-off of the computation is not covered",
-    "float_sound": "proved for every evaluation of the deployed network at the stated precision; assumed: dot products "
-    "are sums of products in any order (no Winograd, Fourier or Strassen kernels; cuDNN, NNPACK and reduced-precision "
-    "reductions off), round to nearest in the bounds' own float64; see docs/float-soundness.md",
-    "statistical": "holds with probability 1 - alpha over the certifier's sampling, for each image on its own",
-}
-_NOTHING = ""
-_NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
-HEADERS = (
-    "method",
-    "recipe",
-    "model",
-    "certifier",
-    "guarantee",
-    "seeds",
-    "images",
-    "clean %",
-    "certified %",
-    "attacked %",
-    "audit",
-    "ACR",
-    "ACR/cap",
-    "unknown",
-    "falsified",
-    "failed",
-    "train s",
-    "certify s",
-    "device",
-    "Δ clean",
-    "Δ certified",
-)
-_LEFT = 5  # the columns of names; numbers are set to the right
-
-
-# Cells -------------------------------------------------------------------------------------------------------------
-
-
-def cells(rows: Iterable[Row]) -> list[tuple[Row | Published, list[str]]]:
-    """Lines of plain text under :data:`HEADERS`, each measured row followed by its published figures."""
-    lines: list[tuple[Row | Published, list[str]]] = []
-    for row in rows:
-        lines.append((row, _measured(row)))
-        lines += [(published, _reference(published)) for published in row.published]
-    return lines
-
-
-def _measured(row: Row) -> list[str]:
-    verdicts = row.verdicts
-    return [
-        row.method,
-        f"{row.recipe} ({row.variant})" if row.variant else row.recipe,
-        row.model,
-        row.certifier,
-        row.guarantee if row.deploy == "float32" else f"{row.guarantee} ({row.deploy})",
-        str(len(row.seeds)),
-        str(row.images) if row.complete else f"{row.images} of {row.expected}",
-        _percent(row.clean),
-        _percent(row.certified),
-        _percent(row.attacked),
-        _audit(row),
-        _figure(row.acr, 4) or "incomplete",
-        _number(row.acr_of_cap, 3),
-        str(verdicts["unknown"] + verdicts["abstain"]),
-        str(verdicts["falsified"]),
-        str(verdicts["timeout"] + verdicts["error"]),
-        _number(row.train_seconds, 1),
-        _number(row.certify_seconds, 1),
-        "; ".join(row.devices),
-        _NOTHING,
-        _NOTHING,
-    ]
-
-
-def _audit(row: Row) -> str:
-    audit = row.audit
-    if audit is None:
-        return "not audited"
-    in_float = f" ({audit.refuted_in_float} in float)" if audit.refuted_in_float else ""
-    seeds = "" if audit.seeds == len(row.seeds) else f", {audit.seeds} of {len(row.seeds)} seeds"
-    return f"refuted {audit.refuted}{in_float} of {audit.tried}{seeds}"
-
-
-def _reference(published: Published) -> list[str]:
-    line = [_NOTHING] * len(HEADERS)
-    line[0], line[1] = "published", published.source
-    line[7], line[8] = _percent(published.clean), _percent(published.certified)
-    line[-2] = _signed(published.clean_difference)
-    line[-1] = _signed(published.certified_difference)
-    return line
-
-
-def _percent(figure: Figure | None) -> str:
-    return _figure(figure, 2)
-
-
-def _figure(figure: Figure | None, digits: int) -> str:
-    if figure is None:
-        return _NOTHING
-    spread = f" ± {figure.deviation:.{digits}f}" if figure.deviation is not None else ""
-    return f"{figure.mean:.{digits}f}{spread}"
-
-
-def _number(value: float | None, digits: int) -> str:
-    return _NOTHING if value is None else f"{value:.{digits}f}"
-
-
-def _signed(value: float | None) -> str:
-    return _NOTHING if value is None else f"{value:+.2f}"
+LATEX_MARKER = "% certbench: derived from rows; do not edit"
+"""The first line of every derived LaTeX file."""
 
 
 # Markdown ----------------------------------------------------------------------------------------------------------
@@ -138,251 +29,190 @@ def _signed(value: float | None) -> str:
 
 def markdown(board: Board) -> str:
     """The board as a Markdown page: title, table, and a foot that says how to read it."""
-    foot = "\n".join(f"* {line}" for line in _foot(board))
-    title = escape_markdown(board.title)
-    parts = [MARKER, f"# {title}", _markdown_table(board.rows) if board.rows else "No row stands."]
+    shown = columns(board)
+    parts = [
+        MARKER,
+        f"# {escape.markdown(board.title)}",
+        _board_table(board.rows, shown) if board.rows else "No row stands.",
+    ]
     if board.voided:
-        why = "\n".join(f"* {escape_markdown(_voided(row))}" for row in board.voided)
-        parts += ["## Voided", _VOIDED, _markdown_table(board.voided), why, "## Notes"]
-    return "\n\n".join([*parts, foot]) + "\n"
+        why = "\n".join(f"* {escape.markdown(voided(row))}" for row in board.voided)
+        parts += ["## Voided", VOIDED, _board_table(board.voided, shown), why, "## Notes"]
+    notes = "\n".join(f"* {_marked_up(line)}" for line in foot(board))
+    return "\n\n".join([*parts, notes]) + "\n"
 
 
-def _markdown_table(rows: Iterable[Row]) -> str:
-    lines = [[escape_markdown(cell) for cell in line] for _, line in cells(rows)]
-    return _pipe(HEADERS, lines, ["left"] * _LEFT + ["right"] * (len(HEADERS) - _LEFT))
+def _marked_up(line: str) -> str:
+    """Our own lines keep their code spans; everything else is escaped."""
+    return line if line == DERIVED or line.startswith("not audited:") else escape.markdown(line)
 
 
-_VOIDED = "An attack refuted at least one proof of these rows, so no figure of theirs counts and they are not ranked."
+def _board_table(rows: Iterable[Row], shown: Sequence[Column]) -> str:
+    table = [[escape.markdown(cell) for cell in cells(line, shown)] for line in lines(rows)]
+    return _pipe([column.header for column in shown], table, _align(shown))
 
 
-def _voided(row: Row) -> str:
-    assert row.audit is not None  # a row is voided by its audit
-    return (
-        f"{row.method}, {row.recipe}: {row.audit.refuted} refuted of {row.audit.tried} certificates, in run "
-        f"{', '.join(row.audit.refuted_runs)}, attacked with {_attacks(row.audit)}."
-    )
+def _align(shown: Sequence[Column]) -> list[str]:
+    return ["left" if column.kind == "text" else "right" for column in shown]
 
 
-def _attacks(audit: Audited) -> str:
-    return ", ".join(f"{name} (settings {digest[:8]})" for name, digest in audit.attacks)
+def _pipe(headers: Sequence[str], table: Sequence[Sequence[str]], align: Sequence[str]) -> str:
+    return tabulate(table, headers=headers, tablefmt="pipe", colalign=align, disable_numparse=True)
 
 
-def index(found: Sequence[Board]) -> str:
-    """A Markdown page that leads to every board."""
-    headers = ("board", "data set", "norm", "size", "protocol", "rows", "best certified %")
-    lines = []
+def index(found: Sequence[Board], others: Sequence[str] = ()) -> str:
+    """A Markdown page that leads to every board, and to the other pages named."""
+    headers = ("board", "data set", "norm", "size", "protocol", "rows", "best")
+    table = []
     for board in found:
-        best = [board.rows[place] for place in sorted(board.best("certified"))]
-        shown = ", ".join(f"{row.method} {_percent(row.certified)}" for row in best)
-        words = (board.dataset, board.norm, board.radius, board.protocol, str(len(board.rows)), shown)
-        lines.append([f"[{board.name}]({board.name}.md)", *map(escape_markdown, words)])
-    align = ["left"] * 5 + ["right"] * 2
-    return f"{MARKER}\n\n# Leaderboards\n\n{_pipe(headers, lines, align)}\n\n{_DERIVED}\n"
+        words = (board.dataset, board.norm, board.radius, board.protocol, str(len(board.rows)), leader(board))
+        table.append([f"[{board.name}]({board.name}.md)", *map(escape.markdown, words)])
+    links = "".join(f"[{name}]({name}.md)\n\n" for name in others)
+    body = _pipe(headers, table, ["left"] * 5 + ["right"] * 2)
+    return f"{MARKER}\n\n# Leaderboards\n\n{body}\n\n{links}{DERIVED}\n"
 
 
-_DERIVED = "Derived by `certbench leaderboard build` from the rows in `results/`; do not edit."
+def leader(board: Board) -> str:
+    """The row or rows with the best figure that the board is ordered by."""
+    name, digits = ("acr", 4) if board.smoothed else ("certified", 2)
+    best = [board.rows[place] for place in sorted(board.best(name))]
+    what = "ACR" if board.smoothed else "certified %"
+    return ", ".join(f"{row.method} {c.figure(getattr(row, name), digits)} {what}" for row in best)
 
 
-def _foot(board: Board) -> Iterable[str]:
-    rows = (*board.rows, *board.voided)
-    yield f"Protocol: {escape_markdown(board.protocol)}."
-    caps = sorted({row.cap for row in rows if row.cap is not None})
-    if caps:
-        yield f"Cap of the radius search: {', '.join(map(format_radius, caps))}."
-    certifiers = sorted({(row.certifier, row.settings_digest[:8], row.deploy) for row in rows})
-    named = (
-        f"{escape_markdown(c)} (settings {digest}, {escape_markdown(deploy)})"
-        for c, digest, deploy in certifiers
+def reproduction(found: Sequence[Cell]) -> str:
+    """A Markdown page that says of every published figure what became of it."""
+    table = [[escape.markdown(text) for text in reproduction_line(cell)] for cell in found]
+    align = ["left"] * 7 + ["right"] * 4 + ["left"]
+    counts = ", ".join(f"{_count(found, state)} {state}" for state in ("reproduced", "off", "not run"))
+    return f"{MARKER}\n\n# Reproduction\n\n{counts}.\n\n{_pipe(REPRODUCTION, table, align)}\n\n{_READING}\n\n{DERIVED}\n"
+
+
+REPRODUCTION = (
+    "state",
+    "method",
+    "data set",
+    "setting",
+    "model",
+    "figure",
+    "source",
+    "published",
+    "measured",
+    "difference",
+    "sd",
+    "sd of",
+)
+_READING = (
+    "reproduced: within two standard deviations of the published figure; off: farther away, in either direction. The "
+    "standard deviation is the published one; where none is published, that of our seeds, or else that of drawing so "
+    "many test images. Errors are shown as accuracies."
+)
+
+
+def _count(found: Sequence[Cell], state: str) -> int:
+    return sum(cell.state == state for cell in found)
+
+
+def reproduction_line(cell: Cell) -> list[str]:
+    """One line of the reproduction table under :data:`REPRODUCTION`, as plain text."""
+    published, found = cell.figure, cell.compared
+    digits = 4 if published.metric == "acr" else 2
+    return [
+        cell.state,
+        published.method,
+        published.dataset,
+        f"{published.norm}, {published.size}",
+        f"{published.model}, {published.epochs} epochs" if published.epochs else published.model,
+        metric_name(published),
+        f"{cell.source}, {published.table}" + (" (logs)" if published.basis == "log" else ""),
+        c.figure(cell.value, digits),
+        c.figure(found.measured, digits) if found else "",
+        f"{found.difference:+.{digits}f}" if found else "",
+        f"{found.deviations:+.1f}" if found else "",
+        found.scale if found else "",
+    ]
+
+
+def metric_name(figure: PublishedFigure) -> str:
+    """The figure's name on boards: errors are shown as accuracies."""
+    if figure.metric == "acr":
+        return "ACR"
+    word = "clean" if figure.metric.startswith("clean") else "certified"
+    return f"{word} % at {figure.at}" if figure.at is not None else f"{word} %"
+
+
+# LaTeX -------------------------------------------------------------------------------------------------------------
+
+
+def latex(board: Board) -> str:
+    """The board as a LaTeX fragment for ``\\input``; it needs the packages booktabs and graphicx."""
+    shown = columns(board)
+    parts = [LATEX_MARKER, "% needs \\usepackage{booktabs,graphicx}", f"% {escape.latex(board.title)}"]
+    if board.rows:
+        parts.append(_tabular(board.rows, shown))
+    if board.voided:
+        parts += [r"\par\smallskip\noindent Voided:", _tabular(board.voided, shown)]
+    notes = [escape.latex(line) for line in (*map(voided, board.voided), *foot(board))]
+    return "\n".join([*parts, r"\par\smallskip{\footnotesize\noindent", *(f"{n}\\\\" for n in notes), "}"]) + "\n"
+
+
+def _tabular(rows: Iterable[Row], shown: Sequence[Column]) -> str:
+    table = [[escape.latex(cell) for cell in cells(line, shown)] for line in lines(rows)]
+    headers = [escape.latex(column.header) for column in shown]
+    body = tabulate(
+        table, headers=headers, tablefmt="latex_raw", colalign=_align(shown), disable_numparse=True
     )
-    yield f"Certifier: {', '.join(named)}."
-    for guarantee in sorted({row.guarantee for row in rows}):
-        yield f"Guarantee {escape_markdown(guarantee)}: {GUARANTEES[guarantee]}."
-    epochs = {(row.method, row.recipe, row.variant, row.epochs) for row in rows}
-    yield f"Epochs: {'; '.join(_epochs(*entry) for entry in sorted(epochs))}."
-    yield (
-        "clean and certified: mean over seeds ± sample standard deviation, percent of images. ACR: mean certified "
-        "radius over all images, up to the cap, misclassified ones counting 0; incomplete where a radius is unknown."
-    )
-    yield from _audit_foot(rows)
-    yield "unknown (abstained included), falsified and failed (timeout or error) count images over all seeds."
-    if not all(row.complete for row in rows):
-        yield "A row with n of N images is incomplete: it stands below all complete rows and is not comparable to them."
-    if any(row.published for row in rows):
-        yield "Δ: measured minus published, in percentage points."
-    yield _DERIVED
-
-
-def _audit_foot(rows: Sequence[Row]) -> Iterable[str]:
-    attacks = sorted({attack for row in rows if row.audit for attack in row.audit.attacks})
-    if attacks:
-        named = ", ".join(f"{escape_markdown(name)} (settings {digest[:8]})" for name, digest in attacks)
-        yield f"Attacked with {named}."
-        yield (
-            "attacked: images that are correct and withstood every attack at the table's radius, percent; empty unless "
-            "all correct ones were attacked. certified is at most attacked, and attacked at most clean."
-        )
-        yield (
-            "audit: refuted k of n, n certificates attacked at their own radius. A witness counts if it holds at the "
-            "level of the guarantee; one that only floating point sees is counted as in float and voids nothing. What "
-            "was not refuted is not proved by that."
-        )
-        yield "An image that the certifier left unknown and an attack broke counts as falsified."
-    if any(row.audit is None for row in rows):
-        yield "not audited: no attack on this row's certificates is recorded; see `certbench audit`."
-
-
-def _epochs(method: str, recipe: str, variant: str, epochs: Sequence[int]) -> str:
-    shown = f"{recipe} ({variant})" if variant else recipe
-    return f"{escape_markdown(method)} {escape_markdown(shown)} {', '.join(map(str, epochs))}"
-
-
-def _pipe(headers: Sequence[str], lines: Sequence[Sequence[str]], align: Sequence[str]) -> str:
-    return tabulate(lines, headers=headers, tablefmt="pipe", colalign=align, disable_numparse=True)
-
-
-def escape_markdown(text: str) -> str:
-    """The text on one line, with nothing in it that Markdown, a table or HTML would act on."""
-    line = printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_\[\]|~#!])", r"\\\1", line)
-
-
-def printable(text: str) -> str:
-    """The text on one line, without control or invisible characters."""
-    return "".join(c if c.isprintable() else " " for c in text)
-
-
-# Records -----------------------------------------------------------------------------------------------------------
-
-
-def records(board: Board) -> list[dict[str, Any]]:
-    """The board in full precision, one flat record per measured or published row; all have the same keys."""
-    found = []
-    for row in (*board.rows, *board.voided):
-        found.append(_measured_record(board, row))
-        found += [_published_record(board, row, published) for published in row.published]
-    return found
-
-
-def _common(board: Board, row: Row, kind: str) -> dict[str, Any]:
-    return {
-        "certbench_board": board.name,
-        "protocol": board.protocol,
-        "dataset": board.dataset,
-        "norm": board.norm,
-        "radius": board.radius.removeprefix("radius "),
-        "kind": kind,
-        "method": row.method,
-        "recipe": row.recipe,
-        "variant": row.variant,
-        "model": row.model,
-    }
-
-
-def _measured_record(board: Board, row: Row) -> dict[str, Any]:
-    return {
-        **_common(board, row, "voided" if row.void else "measured"),
-        "certifier": row.certifier,
-        "settings_digest": row.settings_digest,
-        "guarantee": row.guarantee,
-        "deploy": row.deploy,
-        "cap": str(row.cap) if row.cap is not None else None,
-        "epochs": " ".join(map(str, row.epochs)),
-        "seeds": " ".join(map(str, row.seeds)),
-        "run_ids": " ".join(row.run_ids),
-        "images": row.images,
-        "expected_images": row.expected,
-        **_figures(row.clean, row.certified),
-        "attacked_accuracy": row.attacked.mean if row.attacked else None,
-        "attacked_accuracy_std": row.attacked.deviation if row.attacked else None,
-        "audited_seeds": row.audit.seeds if row.audit else 0,
-        "audited": row.audit.tried if row.audit else None,
-        "refuted": row.audit.refuted if row.audit else None,
-        "refuted_in_float": row.audit.refuted_in_float if row.audit else None,
-        "attacks": " ".join(f"{name}:{digest}" for name, digest in row.audit.attacks) if row.audit else None,
-        "acr": row.acr.mean if row.acr else None,
-        "acr_std": row.acr.deviation if row.acr else None,
-        "acr_of_cap": row.acr_of_cap,
-        **row.verdicts,
-        "train_seconds": row.train_seconds,
-        "certify_seconds": row.certify_seconds,
-        "devices": "; ".join(row.devices),
-        "source": None,
-        "clean_difference": None,
-        "certified_difference": None,
-    }
-
-
-def _published_record(board: Board, row: Row, published: Published) -> dict[str, Any]:
-    return {
-        **dict.fromkeys(_measured_record(board, row)),
-        **_common(board, row, "published"),
-        **_figures(published.clean, published.certified),
-        "source": published.source,
-        "clean_difference": published.clean_difference,
-        "certified_difference": published.certified_difference,
-    }
-
-
-def _figures(clean: Figure | None, certified: Figure | None) -> dict[str, float | None]:
-    return {
-        "clean_accuracy": clean.mean if clean else None,
-        "clean_accuracy_std": clean.deviation if clean else None,
-        "certified_accuracy": certified.mean if certified else None,
-        "certified_accuracy_std": certified.deviation if certified else None,
-    }
-
-
-def comma_separated(board: Board) -> str:
-    """The board's records as CSV; numbers in the shortest form that reads back to the same value."""
-    rows = records(board)
-    sink = io.StringIO()
-    writer = csv.writer(sink, lineterminator="\n")
-    writer.writerow(rows[0])
-    writer.writerows([csv_cell(value) for value in row.values()] for row in rows)
-    return sink.getvalue()
-
-
-def csv_cell(value: str | float | None) -> str:
-    """One cell; text that a spreadsheet would take for a formula gets a leading apostrophe."""
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        return repr(value)
-    text = "".join(c if c.isprintable() or c == "\t" else " " for c in value)
-    if text[:1] == "\t" or (text.lstrip()[:1] in tuple("=+-@") and not _NUMBER.fullmatch(text)):
-        return f"'{text}"
-    return text
+    ruled = body.split(r"\hline")
+    body = r"\toprule".join(ruled[:2]) + r"\midrule" + r"\bottomrule".join(ruled[2:])
+    return f"\\noindent\\resizebox{{\\linewidth}}{{!}}{{%\n{body}}}"
 
 
 # Terminal ----------------------------------------------------------------------------------------------------------
 
 
 def marked(board: Board) -> list[list[str]]:
-    """Lines for a terminal: control characters removed, the best clean and certified figures marked with a star."""
-    best = {column: board.best(column) for column in ("clean", "certified")}
-    lines = []
+    """Lines for a terminal: control characters removed, the best figures of a column marked with a star, and ranks
+    that are tied with the first with an equals sign."""
+    shown = columns(board)
+    tied = board.tied()
+    found = []
     place = -1
-    for row, line in cells(board.rows):
-        shown = [printable(cell) for cell in line]
-        if isinstance(row, Row):
+    for line in lines(board.rows):
+        text = [escape.printable(cell) for cell in cells(line, shown)]
+        if isinstance(line, Row):
             place += 1
-            for column, at in (("clean", 7), ("certified", 8)):
-                shown[at] += " *" if place in best[column] else ""
-        lines.append(shown)
-    return lines
+            for at, column in enumerate(shown):
+                if column.best and place in board.best(column.best):
+                    text[at] += " *"
+                if column.header == "rank" and place in tied and len(tied) > 1:
+                    text[at] += " ="
+        found.append(text)
+    return found
 
 
 def plain(board: Board) -> str:
     """The board as text for a terminal or a pipe."""
-    align = ["left"] * _LEFT + ["right"] * (len(HEADERS) - _LEFT)
-    lines = marked(board)
+    shown = columns(board)
     table = "No row stands."
-    if lines:
-        table = tabulate(lines, headers=HEADERS, tablefmt="simple", colalign=align, disable_numparse=True)
-    below = "".join(f"\n{line}" for line in voided(board))
-    return f"{printable(board.name)} (protocol {printable(board.protocol)}; * best)\n\n{table}\n{below}"
+    if board.rows:
+        headers = [column.header for column in shown]
+        align = _align(shown)
+        table = tabulate(
+            marked(board), headers=headers, tablefmt="simple", colalign=align, disable_numparse=True
+        )
+    below = "".join(f"\n{line}" for line in beneath(board))
+    return f"{title(board)}\n\n{table}\n{below}"
 
 
-def voided(board: Board) -> list[str]:
-    """What stands below a board in a terminal: a line for every voided row, none where there is none."""
-    return [f"Voided: {printable(_voided(row))}" for row in board.voided]
+def title(board: Board) -> str:
+    """The line above a board in a terminal."""
+    tied = ", = tied with the first" if len(board.tied()) > 1 else ""
+    return f"{escape.printable(board.name)} (protocol {escape.printable(board.protocol)}; * best{tied})"
+
+
+def beneath(board: Board) -> list[str]:
+    """What stands below a board in a terminal: how it was attacked, and a line for every voided row."""
+    attacked = [line for line in foot(board) if line.startswith("Attacked with")]
+    return [escape.printable(line) for line in (*attacked, *(f"Voided: {voided(row)}" for row in board.voided))]
+
+

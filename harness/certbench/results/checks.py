@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -13,16 +12,10 @@ import pyarrow.compute as pc
 from certbench.errors import DataError
 from certbench.results.rules import parse_fraction
 from certbench.results.schema import TABLES
-from certbench.threat import round_up
+from certbench.threat import round_down, round_up
 
 if TYPE_CHECKING:
     from certbench.results.store import ResultStore
-
-
-def round_down(radius: Fraction) -> float:
-    """The largest float64 that is not above the fraction; comparing floats with it is comparing exactly."""
-    value = float(radius)
-    return value if Fraction(value) <= radius else math.nextafter(value, -math.inf)
 
 
 class CrossCheck:
@@ -56,11 +49,12 @@ class CrossCheck:
             pc.not_equal(both.column("label"), both.column("label_here")),
             pc.not_equal(both.column("image_digest"), both.column("image_digest_here")),
         )
-        wrong = both.filter(pc.fill_null(differs, False)).column("index").to_pylist()
-        if wrong:
-            yield f"image {min(wrong)} is another image than in other runs on {run['dataset']}"
+        wrong = both.column("index").filter(pc.fill_null(differs, False))
+        if len(wrong):
+            yield f"image {pc.min(wrong).as_py()} is another image than in other runs on {run['dataset']}"
         new = mine.filter(pc.invert(pc.is_in(mine.column("index"), known.column("index").combine_chunks())))
-        self._images[run["dataset_digest"]] = pa.concat_tables([known, new])
+        if new.num_rows:
+            self._images[run["dataset_digest"]] = pa.concat_tables([known, new]).sort_by("index")
 
 
 def audit_problems(audits: pa.Table, certificates: pa.Table, run: Mapping[str, Any]) -> list[str]:
@@ -121,8 +115,8 @@ def _radii(shard: pa.Table, run: Mapping[str, Any]) -> Iterator[str]:
             radius, round_up(parse_fraction(run["cap"]))
         )
     for problem, mask in broken.items():
-        place = pc.index(pc.fill_null(mask, False), True).as_py()
-        if place >= 0:
+        if pc.any(mask).as_py():
+            place = pc.index(mask, True).as_py()
             yield f"image {shard.column('index')[place].as_py()} {problem}"
 
 
@@ -142,6 +136,8 @@ def check_store(store: ResultStore) -> list[str]:
                 continue
             if name == "runs":
                 runs |= {row["run_id"]: row for row in table.to_pylist()}
+            if name == "submissions":
+                found += [f"run {r}: is labelled as submitted but has no row in runs" for r in table.column("run_id").to_pylist() if r not in runs]
     check = CrossCheck(runs)
     for path in certificates:
         try:

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from certbench.errors import DataError, RunError
+from certbench.results.migrations import migrated
 from certbench.results.schema import TableSpec
 
 _MARK = b"certbench-file-sha256:"
@@ -91,13 +92,13 @@ def decode(content: bytes, spec: TableSpec, where: str) -> pa.Table:
         name, version = footer.get(b"certbench.table"), footer.get(b"certbench.version")
         if name != spec.name.encode():
             raise DataError(f"{where}: holds the table {_shown(name)}, not {spec.name!r}")
-        if version != str(spec.version).encode():
+        if version not in (str(known).encode() for known in range(1, spec.version + 1)):
             raise DataError(
                 f"{where}: is version {_shown(version)} of the table {spec.name!r}; "
                 f"this certbench reads version {spec.version}"
             )
         # An explicit empty schema metadata: what a reader sees is columns, not bookkeeping.
-        return file.read().replace_schema_metadata(None)
+        return migrated(file.read(use_threads=False).replace_schema_metadata(None), spec, int(version))
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{where}: is not readable Parquet: {str(error).splitlines()[0]}") from None
 
@@ -110,8 +111,9 @@ def _check_digest(content: bytes, where: str) -> None:
         )
     start += len(_MARK)
     end = start + len(_BLANK)
-    digest = hashlib.sha256(content[:start] + _BLANK + content[end:]).hexdigest().encode()
-    if digest != content[start:end]:
+    digest = hashlib.sha256(memoryview(content)[:start])
+    digest.update(_BLANK + content[end:])
+    if digest.hexdigest().encode() != content[start:end]:
         raise DataError(
             f"{where}: was damaged or changed after it was written (its digest does not match); "
             "restore it or record it again"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from fractions import Fraction
 from typing import Any, get_args
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -40,6 +41,9 @@ _AGREE = {  # a column, and where the recipe says the same
     "model": ("model",),
     "norm": ("threat", "norm"),
     "radius": ("threat", "radius"),
+    "sigma": ("threat", "sigma"),
+    "cap": ("certify", "cap"),
+    "epochs": ("train", "epochs"),
     "method": ("method", "name"),
 }
 
@@ -64,9 +68,22 @@ def _problems(table: pa.Table, name: str) -> Iterator[str]:
         if not field.nullable and table.column(field.name).null_count:
             yield f"column {field.name!r} holds a null"
             return
-    if table.group_by(list(spec.key)).aggregate([]).num_rows != table.num_rows:
+    if _has_duplicates(table, spec.key):
         yield f"holds two rows of one {' / '.join(spec.key)}"
     yield from _RULES[name](table)
+
+
+def _has_duplicates(table: pa.Table, key: Sequence[str]) -> bool:
+    """Whether two rows share a key. Rows sorted by a number that never repeats, as files hold them, cost next to nothing;
+    of others every column of the key is counted off and the counts combined into one number per row."""
+    code = np.zeros(table.num_rows, dtype=np.int64)
+    for name in key:
+        if name == "index" and bool(np.all(np.diff(table.column(name).to_numpy()) > 0)):
+            return False
+    for name in key:
+        values = pc.dictionary_encode(table.column(name)).combine_chunks()
+        code = code * len(values.dictionary) + values.indices.to_numpy()
+    return bool(np.any(np.diff(np.sort(code)) == 0))
 
 
 def _schema_difference(found: pa.Schema, wanted: pa.Schema) -> str:
@@ -240,9 +257,8 @@ def _any_negative(table: pa.Table, names: tuple[str, ...]) -> Any:
 
 def _first(table: pa.Table, mask: Any, problem: str) -> Iterator[str]:
     """The problem with the first row it concerns; a null in the mask concerns none."""
-    place = pc.index(pc.fill_null(mask, False), True).as_py()
-    if place >= 0:
-        row = table.slice(place, 1)
+    if pc.any(mask).as_py():
+        row = table.slice(pc.index(mask, True).as_py(), 1)
         yield f"image {row.column('index')[0].as_py()} of run {row.column('run_id')[0].as_py()[:40]!r}: {problem}"
 
 
@@ -308,9 +324,25 @@ def _is_utc(text: str) -> bool:
     return moment.tzinfo is not None and moment.utcoffset() == UTC.utcoffset(None)
 
 
+# Submissions ------------------------------------------------------------------------------------------------------
+
+
+def _submission_rules(table: pa.Table) -> Iterator[str]:
+    for row in table.to_pylist():
+        if not RUN_ID.fullmatch(row["run_id"]):
+            yield f"run {row['run_id'][:40]!r}: a run id has sixteen hexadecimal digits"
+        if not DIGEST.fullmatch(row["bundle_digest"]):
+            yield f"run {row['run_id'][:40]!r}: bundle_digest is not a hexadecimal digest"
+        if not row["submitter"].strip():
+            yield f"run {row['run_id'][:40]!r}: submitter is empty"
+        if row["rechecked"] < 0:
+            yield f"run {row['run_id'][:40]!r}: rechecked is negative"
+
+
 _RULES: dict[str, Callable[[pa.Table], Iterator[str]]] = {
     "runs": _run_rules,
     "certificates": _certificate_rules,
     "audits": _audit_rules,
     "timings": _timing_rules,
+    "submissions": _submission_rules,
 }

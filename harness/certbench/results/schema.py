@@ -1,7 +1,8 @@
 """The columns of every result table: explicit, plainly typed and versioned.
 
 A new table is one more entry of :data:`TABLES`, with its rules in :mod:`certbench.results.rules`. A change of columns
-raises the table's version; a file of another version is refused, never guessed at.
+raises the table's version and comes with a step in :mod:`certbench.results.migrations`, so that older files stay
+readable; a file of any other version is refused, never guessed at.
 """
 
 from __future__ import annotations
@@ -114,14 +115,18 @@ AUDITS = TableSpec(
             _required("found", pa.bool_()),
             pa.field("distance", pa.float64()),
             _required("outcome", pa.string()),
+            pa.field("attack_summary", pa.string()),
+            pa.field("limit", pa.string()),
         ]
     ),
     key=("run_id", "certifier", "settings_digest", "attack", "attack_settings_digest", "index", "kind"),
     shard=("run_id", "certifier", "settings_digest", "attack", "attack_settings_digest"),
+    version=2,
 )
 """One row per image, attack and ``kind`` of ball: ``recipe_radius`` for every correct image, ``certified_radius`` for
 every image with a proved radius. ``found``: the attack flipped the deployed network; ``outcome`` says at which level
-that holds. ``distance`` is that of the witness, rounded up. They stand beside certificates and never change them."""
+that holds. ``distance`` is that of the witness, rounded up. ``attack_summary`` says in words what the settings digest
+names, ``limit`` why no witness could be confirmed, if so. They stand beside certificates and never change them."""
 
 TIMINGS = TableSpec(
     name="timings",
@@ -143,7 +148,23 @@ TIMINGS = TableSpec(
 and each one that resumes it) adds its own row, so a stage has cost the sum of its rows. ``shard`` is 0 where the work
 is not split."""
 
-TABLES = {spec.name: spec for spec in (RUNS, CERTIFICATES, AUDITS, TIMINGS)}
+SUBMISSIONS = TableSpec(
+    name="submissions",
+    schema=pa.schema(
+        [
+            _required("run_id", pa.string()),
+            _required("submitter", pa.string()),
+            _required("bundle_digest", pa.string()),
+            _required("rechecked", pa.int32()),
+        ]
+    ),
+    key=("run_id",),
+    shard=("run_id",),
+)
+"""One row per run that was imported. ``rechecked``: how many of its certificates, drawn at random, this harness has made
+again from the checkpoint and found equal; 0 where none was. A run without a row here was recorded by this harness."""
+
+TABLES = {spec.name: spec for spec in (RUNS, CERTIFICATES, AUDITS, TIMINGS, SUBMISSIONS)}
 
 
 def table_spec(name: str) -> TableSpec:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from certbench.errors import DataError, RunError, nearest
 from certbench.results.checks import CrossCheck
 from certbench.results.files import decode, encode, write_atomically
 from certbench.results.rules import FAILURES, UNDECIDED, check_table
-from certbench.results.schema import AUDITS, CERTIFICATES, RUNS, TIMINGS, TableSpec, table_spec
+from certbench.results.schema import AUDITS, CERTIFICATES, RUNS, SUBMISSIONS, TIMINGS, TableSpec, table_spec
 
 Merge = Callable[[pa.Table, pa.Table, str], pa.Table]
 
@@ -132,6 +132,16 @@ class ResultStore:
             TIMINGS, _as_table(TIMINGS, {name: [value] for name, value in values.items()}), _append
         )
 
+    def write_submission(self, row: Mapping[str, Any]) -> Path:
+        """Label an imported run with who submitted it and how many of its certificates were made again and agreed.
+
+        Raises:
+            DataError: a column is missing, unknown or wrong, or the run is labelled with another submitter.
+            RunError: the folder cannot be written.
+        """
+        columns = {name: [value] for name, value in row.items()}
+        return self._put(SUBMISSIONS, _as_table(SUBMISSIONS, columns), _relabel)
+
     def _put(self, spec: TableSpec, table: pa.Table, merge: Merge) -> Path:
         if table.num_rows == 0:
             raise DataError(f"no rows were given for {spec.name}")
@@ -208,11 +218,16 @@ class ResultStore:
             DataError: a file is damaged.
         """
         start = self._named(AUDITS, run_id, certifier, settings_digest, "", "").stem
-        tables = [
-            self._load(AUDITS, path) for path in self.paths(AUDITS.name) if path.name.startswith(start[:-1])
-        ]
-        rows = pa.concat_tables([AUDITS.schema.empty_table(), *tables])
-        # another certifier's name may begin alike in a file's name
+        paths = [path for path in self.paths(AUDITS.name) if path.name.startswith(start[:-1])]
+        return self.audits_in(paths, certifier, settings_digest)
+
+    def audits_in(self, paths: Iterable[Path], certifier: str, settings_digest: str) -> pa.Table:
+        """The audits of one certifier's certificates in some files; another's name may begin alike in a file's name.
+
+        Raises:
+            DataError: a file is damaged.
+        """
+        rows = pa.concat_tables([AUDITS.schema.empty_table(), *(self._load(AUDITS, path) for path in paths)])
         mine = pc.and_(
             pc.equal(rows.column("certifier"), certifier),
             pc.equal(rows.column("settings_digest"), settings_digest),
@@ -247,18 +262,36 @@ class ResultStore:
         tables = [spec.schema.empty_table(), *self.shards(table)]
         return pa.concat_tables(tables).sort_by([(name, "ascending") for name in spec.key]).combine_chunks()
 
-    def _load(self, spec: TableSpec, path: Path) -> pa.Table:
+    def fetch(self, table: str, path: Path) -> pa.Table:
+        """One file of a table with its bytes checked and its rows not yet: what :meth:`accept` goes on with.
+
+        Almost all of it runs outside the interpreter's lock, so that a thread can do it ahead.
+
+        Raises:
+            DataError: unreadable or damaged; names the file.
+        """
         try:
             content = path.read_bytes()
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror or error}") from None
-        table = decode(content, spec, str(path))
-        if table.num_rows == 0:
+        return decode(content, table_spec(table), str(path))
+
+    def accept(self, table: str, path: Path, rows: pa.Table) -> pa.Table:
+        """The rows that were fetched from a file, once they keep every rule.
+
+        Raises:
+            DataError: no row, a row that breaks a rule, or a file of another name than its rows; names the file.
+        """
+        spec = table_spec(table)
+        if rows.num_rows == 0:
             raise DataError(f"{path}: holds no row")
-        check_table(table, spec.name, str(path))
-        if self._path(spec, table).name != path.name:
-            raise DataError(f"{path}: is not the name of the rows inside, {self._path(spec, table).name}")
-        return table
+        check_table(rows, spec.name, str(path))
+        if self._path(spec, rows).name != path.name:
+            raise DataError(f"{path}: is not the name of the rows inside, {self._path(spec, rows).name}")
+        return rows
+
+    def _load(self, spec: TableSpec, path: Path) -> pa.Table:
+        return self.accept(spec.name, path, self.fetch(spec.name, path))
 
     # Names ---------------------------------------------------------------------------------------------------------
 
@@ -268,12 +301,12 @@ class ResultStore:
         Raises:
             DataError: they belong in several.
         """
-        owners = table.select(list(spec.shard)).group_by(list(spec.shard)).aggregate([]).to_pylist()
-        if len(owners) != 1:
+        values = [pc.unique(table.column(name)).to_pylist() for name in spec.shard]
+        if any(len(found) != 1 for found in values):
             raise DataError(
-                f"{self.folder / spec.name}: rows of {len(owners)} different {' / '.join(spec.shard)} in one file"
+                f"{self.folder / spec.name}: rows of several {' / '.join(spec.shard)} in one file"
             )
-        return self._named(spec, *(owners[0][name] for name in spec.shard))
+        return self._named(spec, *(found[0] for found in values))
 
     def _named(self, spec: TableSpec, *values: str) -> Path:
         parts = [
@@ -377,3 +410,10 @@ def _join_certificates(old: pa.Table, new: pa.Table, where: str) -> pa.Table:
 def _append(old: pa.Table, new: pa.Table, where: str) -> pa.Table:
     (row,) = new.to_pylist()
     return old if row in old.to_pylist() else pa.concat_tables([old, new])
+
+
+def _relabel(old: pa.Table, new: pa.Table, where: str) -> pa.Table:
+    (before,), (after,) = old.to_pylist(), new.to_pylist()
+    if before["submitter"] != after["submitter"]:
+        raise DataError(f"{where}: run {before['run_id']} was submitted by {before['submitter']!r} already")
+    return new if after["rechecked"] >= before["rechecked"] else old

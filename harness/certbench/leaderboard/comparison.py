@@ -1,0 +1,189 @@
+"""Measured beside published: the lines below a row, and the table that says of every published cell what became of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from certbench.errors import DataError
+from certbench.leaderboard.figures import Figure, decimal
+from certbench.leaderboard.published import Notes, PublishedFigure
+from certbench.leaderboard.row import Row
+
+WITHIN = 2.0
+"""Standard deviations within which a published figure counts as reproduced."""
+
+Scale = Literal["published", "seeds", "images"]
+State = Literal["reproduced", "off", "not run"]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One measured figure beside a published one; accuracies in percent, ``difference`` is measured minus published.
+
+    ``deviations`` is the difference over the published standard deviation; where none is published, over that of our
+    seeds, or else over that which drawing so many images has (``scale`` says which).
+    """
+
+    published: Figure
+    measured: Figure
+    difference: float
+    deviations: float
+    scale: Scale
+
+    @property
+    def reproduced(self) -> bool:
+        return abs(self.deviations) <= WITHIN
+
+
+@dataclass(frozen=True)
+class Published:
+    """Published figures for a row's setting from one source, by metric: ``clean``, ``certified``, ``acr``, or the
+    radius of a certified accuracy. A metric that was not measured has no comparison, only the figure."""
+
+    source: str
+    figures: Mapping[str, Figure]
+    compared: Mapping[str, Compared]
+    notes: tuple[str, ...] = ()
+
+    def difference(self, metric: str) -> float | None:
+        return self.compared[metric].difference if metric in self.compared else None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One line of the reproduction table: a published figure, and the row that speaks of it, if any was run."""
+
+    source: str
+    figure: PublishedFigure
+    value: Figure
+    row: Row | None
+    compared: Compared | None
+
+    @property
+    def state(self) -> State:
+        if self.compared is None:
+            return "not run"
+        return "reproduced" if self.compared.reproduced else "off"
+
+
+def beside(row: Row, size: str, notes: Notes) -> tuple[Published, ...]:
+    """What is published for a row: by its plugin's data, and by its recipes' ``[reference]`` where that says more."""
+    by_source: dict[str, list[PublishedFigure]] = defaultdict(list)
+    for source, figure in notes.figures():
+        if speaks_of(figure, row, size):
+            by_source[f"{source}, {figure.table}"].append(figure)
+    found = [_published(source, row, figures) for source, figures in sorted(by_source.items())]
+    known = [{metric: figure.mean for metric, figure in each.figures.items()} for each in found]
+    for reference in _references(row):
+        figures = {metric: figure.mean for metric, figure in reference.figures.items()}
+        if not any(figures.items() <= other.items() for other in known):
+            found.append(reference)
+    return tuple(found)
+
+
+def speaks_of(figure: PublishedFigure, row: Row, size: str) -> bool:
+    """Whether a published figure is about a row's setting. A row with overrides is nobody's reproduction."""
+    run = row.run
+    return (
+        (figure.dataset, figure.norm, figure.size) == (run["dataset"], run["norm"], size)
+        and (figure.method, figure.model) == (row.method, row.model)
+        and figure.recipe in (None, row.recipe)
+        and (figure.epochs is None or (figure.epochs,) == row.epochs)
+        and " +" not in row.recipe
+    )
+
+
+def reproduction(rows: Sequence[tuple[str, Row]], notes: Notes) -> list[Cell]:
+    """Every published cell, with the complete rows that speak of it; ``rows`` are those that stand, with their size."""
+    cells = []
+    for source, figure in notes.figures():
+        metric, value = measure_of(figure)
+        found = [
+            (row, compared)
+            for size, row in rows
+            if row.complete and speaks_of(figure, row, size)
+            if (compared := compare(metric, value, row)) is not None
+        ]
+        if found:
+            cells += [Cell(source, figure, value, row, compared) for row, compared in found]
+        else:
+            cells.append(Cell(source, figure, value, None, None))
+    return cells
+
+
+def measure_of(figure: PublishedFigure) -> tuple[str, Figure]:
+    """The metric a published cell is about, and its value as boards write it: errors become accuracies."""
+    name = {"clean_error": "clean", "clean_accuracy": "clean", "acr": "acr"}.get(figure.metric, "certified")
+    value = (
+        float(100 - decimal(figure.value)) if figure.metric.endswith("error") else float(figure.value)
+    )
+    metric = f"{float(figure.at):g}" if figure.at is not None else name
+    return metric, Figure(value, figure.spread)
+
+
+def compare(metric: str, published: Figure, row: Row) -> Compared | None:
+    """A published figure beside the row's own; None where the row has none."""
+    measured = {"clean": row.clean, "certified": row.certified, "acr": row.acr, **row.at}.get(metric)
+    if measured is None:
+        return None
+    difference = float(decimal(measured.mean) - decimal(published.mean))
+    scale, deviation = _scale(metric, published, measured, row)
+    deviations = difference / deviation if deviation else math.copysign(math.inf, difference)
+    return Compared(published, measured, difference, 0.0 if difference == 0 else deviations, scale)
+
+
+def _scale(metric: str, published: Figure, measured: Figure, row: Row) -> tuple[Scale, float]:
+    if published.deviation:
+        return "published", published.deviation
+    if measured.deviation:
+        return "seeds", measured.deviation
+    if metric == "acr":
+        low, high = measured.interval or (measured.mean, measured.mean)
+        return "images", (high - low) / (2 * 1.959964)
+    share = min(max(published.mean / 100, 0.5 / row.images), 1 - 0.5 / row.images)
+    return "images", 100 * math.sqrt(share * (1 - share) / row.images)
+
+
+def _published(source: str, row: Row, figures: Iterable[PublishedFigure]) -> Published:
+    found = dict(measure_of(figure) for figure in figures)
+    notes = tuple(sorted({figure.differences for figure in figures if figure.differences}))
+    return _side_by_side(source, found, row, notes)
+
+
+def _side_by_side(source: str, figures: Mapping[str, Figure], row: Row, notes: tuple[str, ...]) -> Published:
+    compared = {metric: compare(metric, figure, row) for metric, figure in figures.items()}
+    return Published(
+        source, figures, {metric: each for metric, each in compared.items() if each is not None}, notes
+    )
+
+
+def _references(row: Row) -> list[Published]:
+    """The figures that the recipes bring along; each distinct set once, since a correction may reach only some runs."""
+    references = {
+        json.dumps(reference, sort_keys=True): reference
+        for entry in row.entries
+        if (reference := json.loads(entry.run["recipe"]).get("reference"))
+    }
+    found = []
+    for _, reference in sorted(references.items()):
+        figures = {
+            metric: figure
+            for metric, name in (("clean", "clean_error"), ("certified", "certified_error"))
+            if (figure := _accuracy(reference, name, row.run)) is not None
+        }
+        found.append(_side_by_side(str(reference.get("source", "")), figures, row, ()))
+    return found
+
+
+def _accuracy(reference: Mapping[str, Any], name: str, run: Mapping[str, Any]) -> Figure | None:
+    error, spread = reference.get(name), reference.get(f"{name}_spread")
+    if error is None:
+        return None
+    if not all(isinstance(v, int | float) and 0 <= v <= 100 for v in (error, spread) if v is not None):
+        raise DataError(f"run {run['run_id']}: the published {name} in its recipe is not a percentage")
+    return Figure(float(100 - decimal(error)), None if spread is None else float(spread))
