@@ -1,15 +1,21 @@
-"""The registry of architectures, and building one as a function of name, data set and seed alone."""
+"""The registry of architectures, and building one as a function of name, data set and seed alone.
+
+A new family is a module of its own with ``@register_model`` before each builder, imported by ``models/__init__``; a
+plugin brings its own by the hook ``register_models``.
+"""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from certbench.data.catalog import DatasetInfo
 from certbench.errors import UsageError, nearest
+from certbench.models.timm_networks import PREFIX, timm_network
 
 Builder = Callable[[DatasetInfo], nn.Module]
 MODELS: dict[str, Builder] = {}
@@ -42,17 +48,37 @@ class Normalize(nn.Module):
         return (x - self.mean) / self.std
 
 
-def build_network(name: str, info: DatasetInfo, seed: int) -> nn.Module:
-    """The network on the CPU in training mode; its first weights depend on the arguments alone.
-
+def find_builder(name: str, registered: Mapping[str, Builder]) -> Builder:
+    """
     Raises:
         UsageError: unknown model; names the nearest known one.
     """
-    if name not in MODELS:
-        raise UsageError(f"unknown model {name!r}; {nearest(name, MODELS)}")
+    if name.startswith(PREFIX):
+        return partial(timm_network, name.removeprefix(PREFIX))
+    if name not in registered:
+        raise UsageError(f"unknown model {name!r}; {nearest(name, registered)} (or {PREFIX}<name>)")
+    return registered[name]
+
+
+def build_network(
+    name: str, info: DatasetInfo, seed: int, registered: Mapping[str, Builder] | None = None
+) -> nn.Module:
+    """The network on the CPU in training mode; its first weights depend on the arguments alone.
+
+    Networks of torchvision, timm and plugins draw from torch's global generator; it is seeded for them and then put
+    back as it was.
+
+    Args:
+        name: a name of the registry, or ``timm:<name>`` for a network of timm.
+        registered: the registry, with what plugins bring; by default the core's own.
+
+    Raises:
+        UsageError: unknown model; names the nearest known one. Or the model does not fit the data set's images.
+    """
+    builder = find_builder(name, MODELS if registered is None else registered)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        body = MODELS[name](info)
+        body = builder(info)
     if all(m == 0 for m in info.mean) and all(s == 1 for s in info.std):
         return body
     return nn.Sequential(OrderedDict(normalize=Normalize(info.mean, info.std), body=body))

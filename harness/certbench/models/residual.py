@@ -10,19 +10,24 @@ from certbench.models.registry import register_model
 
 
 class Residual(nn.Module):
-    """``relu(branch(x) + shortcut(x))``; the shortcut is a 1x1 convolution with batch norm where the shape changes."""
+    """``relu(branch(x) + shortcut(x))``; without a ``shortcut``, x itself is added."""
 
-    def __init__(self, branch: nn.Sequential, c_in: int, c_out: int, stride: int) -> None:
+    def __init__(self, branch: nn.Sequential, shortcut: nn.Sequential | None = None) -> None:
         super().__init__()
         self.branch = branch
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or c_in != c_out:
-            self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride), nn.BatchNorm2d(c_out))
+        self.shortcut = shortcut or nn.Identity()
         self.relu = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.relu(self.branch(x) + self.shortcut(x))
         return result
+
+
+def projection(c_in: int, c_out: int, stride: int) -> nn.Sequential | None:
+    """A 1x1 convolution with batch norm where the shape changes."""
+    if stride == 1 and c_in == c_out:
+        return None
+    return nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride), nn.BatchNorm2d(c_out))
 
 
 def basic_block(c_in: int, c_out: int, stride: int) -> Residual:
@@ -34,7 +39,7 @@ def basic_block(c_in: int, c_out: int, stride: int) -> Residual:
         nn.Conv2d(c_out, c_out, 3, padding=1),
         nn.BatchNorm2d(c_out),
     )
-    return Residual(branch, c_in, c_out, stride)
+    return Residual(branch, projection(c_in, c_out, stride))
 
 
 def grouped_block(c_in: int, width: int, stride: int, groups: int = 2) -> Residual:
@@ -49,7 +54,7 @@ def grouped_block(c_in: int, width: int, stride: int, groups: int = 2) -> Residu
         nn.Conv2d(width, 2 * width, 1),
         nn.BatchNorm2d(2 * width),
     )
-    return Residual(branch, c_in, 2 * width, stride)
+    return Residual(branch, projection(c_in, 2 * width, stride))
 
 
 def stem(channels: int, width: int) -> list[nn.Module]:
