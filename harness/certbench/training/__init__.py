@@ -6,11 +6,14 @@ the network and gives the loss of a batch.
 
 from certbench.training.fit import Objective, Step, fit
 from certbench.training.initialization import ibp_initialization
-from certbench.training.losses import robust_cross_entropy
+from certbench.training.interval import NATURAL_EPS, IntervalObjective
+from certbench.training.losses import robust_cross_entropies, robust_cross_entropy
 from certbench.training.regularizers import relu_balance, tightness
 from certbench.training.schedules import LinearRamp, SmoothedRamp
 
 __all__ = [
+    "NATURAL_EPS",
+    "IntervalObjective",
     "LinearRamp",
     "Objective",
     "SmoothedRamp",
@@ -18,6 +21,7 @@ __all__ = [
     "fit",
     "ibp_initialization",
     "relu_balance",
+    "robust_cross_entropies",
     "robust_cross_entropy",
     "tightness",
 ]
