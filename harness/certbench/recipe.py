@@ -250,7 +250,7 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
-    if keys[-1] in {"radius", "cap"} and isinstance(value, int | float) and not isinstance(value, bool):
+    if keys[-1].endswith(("radius", "cap")) and isinstance(value, int | float) and not isinstance(value, bool):
         value = text.strip()  # typed without quotes on a command line, and still exact
     for key in keys[:-1]:
         inner = table.setdefault(key, {})
