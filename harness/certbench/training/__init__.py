@@ -4,15 +4,17 @@
 the network and gives the loss of a batch.
 """
 
+from certbench.training.attack import projected_gradient
 from certbench.training.fit import Objective, Step, fit
 from certbench.training.initialization import ibp_initialization
-from certbench.training.interval import NATURAL_EPS, IntervalObjective
+from certbench.training.interval import NATURAL_EPS, Batch, IntervalObjective
 from certbench.training.losses import robust_cross_entropies, robust_cross_entropy
 from certbench.training.regularizers import relu_balance, tightness
 from certbench.training.schedules import LinearRamp, SmoothedRamp
 
 __all__ = [
     "NATURAL_EPS",
+    "Batch",
     "IntervalObjective",
     "LinearRamp",
     "Objective",
@@ -20,6 +22,7 @@ __all__ = [
     "Step",
     "fit",
     "ibp_initialization",
+    "projected_gradient",
     "relu_balance",
     "robust_cross_entropies",
     "robust_cross_entropy",

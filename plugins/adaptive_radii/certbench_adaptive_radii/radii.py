@@ -27,6 +27,16 @@ class Radii:
     def interior(self) -> Tensor:
         return self.correct & ~self.capped
 
+    def summary(self, c: float) -> dict[str, Tensor | float]:
+        """The mean radius as a share of the budget, the shares of the three kinds of images, and the passes."""
+        return {
+            "radius_of_budget": self.radius.mean() / c,
+            "wrong": 1 - self.correct.float().mean(),
+            "interior": self.interior.float().mean(),
+            "capped": self.capped.float().mean(),
+            "passes": self.passes,
+        }
+
 
 @torch.no_grad()
 def adaptive_radii(

@@ -14,14 +14,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from certbench.bounds import Clean, input_box, trace
+from certbench.bounds import input_box, trace
 from certbench.contract import TrainTask
 from certbench.data.files import load_dataset
 from certbench.errors import UsageError
 from certbench.models import build_network
 from certbench.models.registry import Normalize
 from certbench.plugins import installed
-from certbench.training import NATURAL_EPS, SmoothedRamp, Step, robust_cross_entropies
+from certbench.training import NATURAL_EPS, Batch, SmoothedRamp, Step, robust_cross_entropies
 from certbench_adaptive_radii.objective import AdaptiveRadii
 from certbench_adaptive_radii.radii import Radii
 from certbench_adaptive_radii.settings import AdaptiveRadiiSettings
@@ -98,9 +98,15 @@ def gradient(network: nn.Module) -> Tensor:
     return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
 
 
+def batch_of(objective: AdaptiveRadii, x: Tensor, y: Tensor, eps: float) -> Batch:
+    """A step's batch under a budget, after the clean pass."""
+    clean = objective.graph.run(x)
+    loss = nn.functional.cross_entropy(clean.logits, y)
+    return Batch(x, y, Step(0, 1, 1), eps, 0.0, clean, loss, {})
+
+
 def radii_at(objective: AdaptiveRadii, oracle: Arrays, cap: float) -> Radii:
-    x, y = tensor(oracle, "x"), tensor(oracle, "y")
-    return objective.radii(x, y, objective.graph.run(x), cap)
+    return objective.radii(batch_of(objective, tensor(oracle, "x"), tensor(oracle, "y"), cap))
 
 
 # The oracle ----------------------------------------------------------------------------------------------------------
@@ -207,8 +213,8 @@ def test_a_correct_image_never_costs_more_than_log_c_and_a_wrong_one_its_cross_e
     prepared: Prepared,
 ) -> None:
     objective, _, x, y = prepared
-    clean = objective.graph.run(x)
-    radii = objective.radii(x, y, clean, 0.05)
+    batch = batch_of(objective, x, y, 0.05)
+    clean, radii = batch.clean, objective.radii(batch)
     R = robust_cross_entropies(objective.graph.bound(input_box(x, radii.radius), clean.statistics).margins(y))
     assert radii.correct.any() and (~radii.correct).any() and radii.interior.any()
     assert (R[radii.correct] <= math.log(10) + 1e-5).all()
@@ -256,12 +262,12 @@ def test_figures_tell_how_the_batch_is_shared_out(prepared: Prepared) -> None:
 def change(ablation: Mapping[str, Any], c: float = 0.05) -> tuple[Radii, Tensor, Radii, Tensor]:
     """Radii and trained radii without and with an ablation, of one network."""
     objective, _, x, y = prepare()
-    clean: Clean = objective.graph.run(x)
-    found = []
+    batch = batch_of(objective, x, y, c)
+    found: list[Any] = []
     for settings in ({}, ablation):
         objective.settings = AdaptiveRadiiSettings(train_radius="0.2", **settings)
-        radii = objective.radii(x, y, clean, c)
-        found += [radii, objective.trained_radius(radii, x, y, clean, c)]
+        radii = objective.radii(batch)
+        found += [radii, objective.trained_radius(batch, radii)]
     return tuple(found)
 
 
@@ -282,7 +288,7 @@ def test_the_implicit_gradient_moves_interior_radii_as_the_root_moves(oracle: Ar
     objective = objective_on(network, oracle, radius_gradient="implicit")
     x, y, cap = tensor(oracle, "x"), tensor(oracle, "y"), objective.eps_max
     radii = radii_at(objective, oracle, cap)
-    r = objective.trained_radius(radii, x, y, objective.graph.run(x), cap)
+    r = objective.trained_radius(batch_of(objective, x, y, cap), radii)
     torch.testing.assert_close(r.detach(), radii.radius)
     (slope,) = torch.autograd.grad(r.sum(), network[8].bias)
     h, bias = 1e-6, network[8].bias
