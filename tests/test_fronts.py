@@ -84,4 +84,6 @@ def test_the_interval_widens_with_the_spread_of_seeds_and_images() -> None:
 
 def test_nothing_to_compare_with_is_nothing() -> None:
     found = compare(sweep([0.5], [0.5]), sweep([0.9], [0.0]), constant=0.1, resamples=10)
-    assert found.ratios == () and found.largest is None and found.beyond_constant is None and found.mean is None
+    assert (
+        found.ratios == () and found.largest is None and found.beyond_constant is None and found.mean is None
+    )

@@ -44,7 +44,7 @@ class MethodCard:
     """What a method says of itself; leaderboards and ``certbench list methods`` read it.
 
     ``settings`` validates the ``[method]`` table; ``recipes`` and ``suites`` are folders of TOML files (see
-    :mod:`certbench.suites`); ``certifier`` names the one of the core's that a recipe gets unless it names another. A
+    :mod:`certbench.suites`), ``published`` one of the figures of papers; ``certifier`` names the one of the core's that a recipe gets unless it names another. A
     ``baseline`` is what other methods are compared with; the quickstart leaves it out.
 
     ``numerics`` is raised whenever a change of the method moves numbers. It, not the distribution's version, enters
@@ -63,6 +63,7 @@ class MethodCard:
     baseline: bool = False
     numerics: int = 1
     limits: str = ""
+    published: Traversable | None = None
 
 
 class Reporter(Protocol):

@@ -54,7 +54,7 @@ class Runs(Strict):
     """``[[runs]]``: a recipe, and lists of values to go through, by the keys of ``--set``."""
 
     recipe: str
-    sweep: dict[str, list[Value]] = {}
+    sweep: dict[str, list[Value]] = Field(default={})
 
     def members(self) -> Iterator[Member]:
         for values in itertools.product(*self.sweep.values()):

@@ -20,7 +20,7 @@ from certbench.bounds.sound import sound_margins
 from certbench.contract import Certificates, CertifyTask
 from certbench.errors import UsageError, nearest
 from certbench.models.kernels import SWITCHES
-from certbench.recipe import SOUND_CERTIFIERS
+from certbench.recipe import RADIUS_TOLERANCE, SOUND_CERTIFIERS
 
 
 def _interval(graph: Graph, images: Tensor, eps: Tensor, labels: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ def _linear(
     return lambda graph, images, eps, labels: margins(graph, input_box(images, eps), labels)
 
 
-FINE, COARSE = 2.0**-20, 2.0**-10
+FINE, COARSE = RADIUS_TOLERANCE["ibp"], RADIUS_TOLERANCE["crown"]
 BOUNDS = {
     bound.name: bound
     for bound in (

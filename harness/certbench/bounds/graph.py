@@ -138,7 +138,9 @@ class Graph:
             if norm is not None and norm.training:
                 if statistics is None:
                     seen[node.name] = _batch_statistics(node.name, arguments[0], norm)
-                mean, var = self._frozen_statistics(node, arguments, seen if statistics is None else statistics)
+                mean, var = self._frozen_statistics(
+                    node, arguments, seen if statistics is None else statistics
+                )
                 values[node.name] = _batch_norm(arguments, mean, var)
             else:
                 values[node.name] = node.function(*arguments, **_resolve_options(node, values))

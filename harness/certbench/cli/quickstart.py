@@ -12,9 +12,9 @@ from certbench.cli.run import run_all
     "--out", default="certbench-out", show_default=True, metavar="DIR", help="Checkpoints, rows, tables."
 )
 def command(out: str) -> None:
-    """Train, certify, audit and rank every method on the built-in digits, baselines left out.
+    """Train, certify, audit and rank every method on the built-in digits.
 
-    Needs no download and no GPU. Prints the leaderboard and leaves its rows, tables and checkpoints in DIR.
+    Baselines are left out; `certbench run quick` has them. Needs no download and no GPU. Prints the leaderboard and leaves its rows, tables and checkpoints in DIR.
 
     \b
     Example:

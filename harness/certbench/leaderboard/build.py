@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from certbench.errors import RunError, UsageError
+from certbench.leaderboard import tradeoff
 from certbench.leaderboard.board import Board, boards
 from certbench.leaderboard.tables import CSV_MARKER, MARKER, comma_separated, index, markdown
 from certbench.results.files import write_atomically
@@ -30,10 +31,13 @@ def build(folder: Path) -> dict[str, str]:
     found = read_boards(folder)
     files = {"index.md": index(found)}
     for board in found:
-        if board.name == "index":
-            raise UsageError("a board cannot be called 'index', the name of the page that lists all boards")
+        if board.name in {"index", "tradeoff"}:
+            raise UsageError(f"a board cannot be called {board.name!r}, the name of another page")
         files[f"{board.name}.md"] = markdown(board)
         files[f"{board.name}.csv"] = comma_separated(board)
+    fronts = tradeoff.page(found, ResultStore(folder / "results"))
+    if fronts is not None:
+        files["tradeoff.md"] = fronts
     return files
 
 

@@ -20,9 +20,9 @@ CHUNK = 64
 
 def nondominated(points: Floats) -> NDArray[np.bool_]:
     """True where no other point is at least as good in both and better in one; equal points stand together."""
-    at_least = (points[None] >= points[:, None]).all(2)
-    better = (points[None] > points[:, None]).any(2)
-    return np.asarray(~(at_least & better).any(1))
+    at_least = np.all(points[None] >= points[:, None], axis=2)
+    better = np.any(points[None] > points[:, None], axis=2)
+    return ~np.any(at_least & better, axis=1)
 
 
 def hypervolume(points: Floats, reference: tuple[float, float]) -> float:
@@ -109,7 +109,7 @@ class Sweep:
         """(accuracy, ACR / cap) of each setting, means over seeds and images."""
         _, seeds, images = self.correct.shape
         once = np.ones((1, images)), np.ones((1, seeds))
-        return self.resampled(*once)[0]
+        return np.asarray(self.resampled(*once)[0])
 
     def resampled(self, images: Floats, seeds: Floats) -> Floats:
         """The points when images and seeds count as often as given, (resamples, ...): (resamples, settings, 2)."""
@@ -175,7 +175,9 @@ def _mean(ratios: Floats) -> Floats:
 
 
 def _estimate(observed: Floats, drawn: Floats) -> Estimate:
-    low, high = np.quantile(drawn, [0.025, 0.975], method="inverted_cdf")  # no interpolation: some are infinite
+    low, high = np.quantile(
+        drawn, [0.025, 0.975], method="inverted_cdf"
+    )  # no interpolation: some are infinite
     return Estimate(float(observed[0]), float(low), float(high))
 
 

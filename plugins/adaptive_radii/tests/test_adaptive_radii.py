@@ -141,9 +141,7 @@ def test_gradients_hold_the_radii_constant(oracle: Arrays) -> None:
     network = network_of(oracle)
     objective = objective_on(network, oracle, kappa=0.25, regularizer_weight=0)
     objective.loss(tensor(oracle, "x"), tensor(oracle, "y"), Step(0, 1, 1))[0].backward()
-    torch.testing.assert_close(
-        gradient(network), tensor(oracle, "grad_flat_kappa025"), rtol=1e-8, atol=1e-10
-    )
+    torch.testing.assert_close(gradient(network), tensor(oracle, "grad_flat_kappa025"), rtol=1e-8, atol=1e-10)
 
 
 def test_the_loss_of_the_warm_up(oracle: Arrays, monkeypatch: pytest.MonkeyPatch) -> None:
