@@ -43,6 +43,9 @@ CORE_NUMERICS = 1
 SOUND_CERTIFIERS = ("ibp",)
 """Certifiers whose bounds can cover the round-off of the deployed network."""
 
+RADIUS_TOLERANCE = {"ibp": 2.0**-20, "crown-ibp": 2.0**-10, "crown": 2.0**-10, "alpha-crown": 2.0**-10}
+"""How far below the largest provable radius a certifier's radius may lie, as a share of the cap."""
+
 Radius = Annotated[Fraction, BeforeValidator(parse_radius), PlainSerializer(str, return_type=str)]
 
 
@@ -250,7 +253,11 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
-    if keys[-1] in {"radius", "cap"} and isinstance(value, int | float) and not isinstance(value, bool):
+    if (
+        keys[-1].endswith(("radius", "cap"))
+        and isinstance(value, int | float)
+        and not isinstance(value, bool)
+    ):
         value = text.strip()  # typed without quotes on a command line, and still exact
     for key in keys[:-1]:
         inner = table.setdefault(key, {})

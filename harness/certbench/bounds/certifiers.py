@@ -20,6 +20,7 @@ from certbench.bounds.sound import sound_input_box, sound_margins
 from certbench.contract import Certificates, CertifyTask
 from certbench.errors import UsageError, nearest
 from certbench.models.kernels import SWITCHES
+from certbench.recipe import RADIUS_TOLERANCE
 
 
 def _interval(
@@ -41,7 +42,7 @@ def _linear(margins: Callable[..., Tensor]) -> Margins:
     return bound
 
 
-FINE, COARSE = 2.0**-20, 2.0**-10
+FINE, COARSE = RADIUS_TOLERANCE["ibp"], RADIUS_TOLERANCE["crown"]
 BOUNDS = {
     bound.name: bound
     for bound in (

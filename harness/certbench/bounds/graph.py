@@ -155,23 +155,29 @@ class Graph:
         for name, user in last.items():
             self._last_use.setdefault(user, []).append(name)
 
-    def run(self, images: Tensor) -> Clean:
+    def run(self, images: Tensor, statistics: Statistics | None = None) -> Clean:
         """A clean forward pass, shape (batch, channels, height, width) in raw pixels.
 
         Batch norms in training mode normalise by the statistics of this batch, gradients flowing through them, and
-        update their running statistics once, as PyTorch does (momentum on the unbiased variance).
+        update their running statistics once, as PyTorch does (momentum on the unbiased variance). With ``statistics``,
+        those of another clean pass of the same step, they normalise by these and update nothing.
         """
         values = self._start(images)
-        statistics: dict[str, tuple[Tensor, Tensor]] = {}
+        seen: dict[str, tuple[Tensor, Tensor]] = {}
         for node in self.nodes:
             arguments = [_resolve(a, values) for a in node.arguments]
             norm = self._norms.get(node.name)
             if norm is not None and norm.training:
-                values[node.name] = _train_batch_norm(node.name, arguments, norm, statistics)
+                if statistics is None:
+                    seen[node.name] = _batch_statistics(node.name, arguments[0], norm)
+                mean, var = self._frozen_statistics(
+                    node, arguments, seen if statistics is None else statistics
+                )
+                values[node.name] = _batch_norm(arguments, mean, var)
             else:
                 values[node.name] = node.function(*arguments, **_resolve_options(node, values))
             self._forget(node, values)
-        return Clean(values[self.result], statistics)
+        return Clean(values[self.result], seen if statistics is None else statistics)
 
     def bound(
         self,
@@ -253,13 +259,9 @@ class Graph:
         return statistics[node.name]
 
 
-def _train_batch_norm(
-    name: str, arguments: list[Any], norm: Any, statistics: dict[str, tuple[Tensor, Tensor]]
-) -> Tensor:
-    x, weight, bias, *_ = arguments
-    eps = arguments[7]
+def _batch_statistics(name: str, x: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance per channel of a clean batch; the running statistics follow them."""
     var, mean = torch.var_mean(x, [d for d in range(x.ndim) if d != 1], correction=0)
-    statistics[name] = (mean, var)
     count = x.numel() // x.shape[1]
     if count < 2:
         raise UsageError(
@@ -270,7 +272,13 @@ def _train_batch_norm(
         momentum = norm.momentum if norm.momentum is not None else 1.0 / float(norm.num_batches_tracked)
         norm.running_mean.lerp_(mean, momentum)
         norm.running_var.lerp_(var * (count / (count - 1)), momentum)
-    scale, shift = scale_and_shift(weight, bias, mean, var, eps)
+    return mean, var
+
+
+def _batch_norm(arguments: list[Any], mean: Tensor, var: Tensor) -> Tensor:
+    """By given statistics, gradients flowing through them; torch's own function drops those."""
+    x, weight, bias, *_ = arguments
+    scale, shift = scale_and_shift(weight, bias, mean, var, arguments[7])
     return torch.addcmul(per_channel(shift, x.shape), x, per_channel(scale, x.shape))
 
 

@@ -51,10 +51,12 @@ def _recipes() -> Rows:
 
 def _suites() -> Rows:
     from certbench.plugins import installed
-    from certbench.suites import SUITES, recipes_of
+    from certbench.suites import suites
 
-    names = installed().recipes()
-    return [{"name": suite, "recipes": recipes_of(suite, names)} for suite in SUITES]
+    return [
+        {"name": suite.name, "summary": suite.summary, "runs": [member.name for member in suite.members]}
+        for suite in suites(installed()).values()
+    ]
 
 
 def _datasets() -> Rows:

@@ -14,10 +14,10 @@ from certbench.cli.run import run_all
 def command(out: str) -> None:
     """Train, certify, audit and rank every method on the built-in digits.
 
-    Needs no download and no GPU. Prints the leaderboard and leaves its rows, tables and checkpoints in DIR.
+    Baselines are left out; `certbench run quick` has them. Needs no download and no GPU. Prints the leaderboard and leaves its rows, tables and checkpoints in DIR.
 
     \b
     Example:
       certbench quickstart --out my-first-board
     """
-    run_all(["quick"], None, [], "cpu", None, out)
+    run_all(["quickstart"], None, [], "cpu", None, out)

@@ -61,6 +61,7 @@ def command(
     Example:
       certbench run fast-ibp/mnist-linf-0.1-cnn-small-10ep --data DIR --seeds 0,1,2
       certbench run quick --set train.epochs=3
+      certbench run adaptive-radii/mnist-kappa --data DIR --seeds 0,1,2
     """
     run_all(list(recipes), parse_seeds(seeds), list(overrides), device, data, out, attack)
 
@@ -81,17 +82,18 @@ def run_all(
         FoundError: an attack refuted a certificate; everything has been run and recorded then.
     """
     from certbench.plugins import installed
-    from certbench.suites import SUITES, recipes_of
+    from certbench.suites import Member, suites
 
     chosen = find_attack(attack).name if attack != "none" else None
     plugins = installed()
+    known = suites(plugins)
     jobs: list[Recipe] = []
     for name in names:
-        members = recipes_of(name, plugins.recipes()) if name in SUITES else [name]
+        members = known[name].members if name in known else (Member(name),)
         if not members:
             raise UsageError(f"suite {name!r} is empty: no installed plugin has a recipe for it")
         for member in members:
-            recipe = plugins.find_recipe(member, overrides)
+            recipe = plugins.find_recipe(member.recipe, [*member.overrides, *overrides])
             jobs += [recipe.with_seed(s) for s in seeds] if seeds is not None else [recipe]
     done = [_run_one(recipe, chosen, device, data, out) for recipe in jobs]
     finish(done, [f"{recipe.name} (seed {recipe.seed})" for recipe in jobs], out)

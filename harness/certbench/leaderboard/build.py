@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from certbench.errors import RunError, UsageError
-from certbench.leaderboard import records, tables
+from certbench.leaderboard import records, tables, tradeoff
 from certbench.leaderboard.board import Board, boards
 from certbench.leaderboard.comparison import reproduction
 from certbench.leaderboard.published import NOTES, Notes, read_notes, refreshed
@@ -73,11 +73,12 @@ def build(folder: Path, page: bool = True) -> Built:
     if cells:
         files["reproduction.md"] = tables.reproduction(cells)
         files["reproduction.csv"] = records.reproduction(cells)
+    fronts = tradeoff.page(found, ResultStore(folder / "results"))
+    if fronts is not None:
+        files["tradeoff.md"] = fronts
     files["index.md"] = tables.index(found, ["reproduction"] if cells else [])
     if notes.methods:
         files[NOTES] = notes.text()
-    if not page:
-        return Built(files, "not asked for")
     lacking = missing()
     if lacking is None:
         from certbench.leaderboard.page import render

@@ -4,20 +4,27 @@
 the network and gives the loss of a batch.
 """
 
+from certbench.training.attack import projected_gradient
 from certbench.training.fit import Objective, Step, fit
 from certbench.training.initialization import ibp_initialization
-from certbench.training.losses import robust_cross_entropy
+from certbench.training.interval import NATURAL_EPS, Batch, IntervalObjective
+from certbench.training.losses import robust_cross_entropies, robust_cross_entropy
 from certbench.training.regularizers import relu_balance, tightness
 from certbench.training.schedules import LinearRamp, SmoothedRamp
 
 __all__ = [
+    "NATURAL_EPS",
+    "Batch",
+    "IntervalObjective",
     "LinearRamp",
     "Objective",
     "SmoothedRamp",
     "Step",
     "fit",
     "ibp_initialization",
+    "projected_gradient",
     "relu_balance",
+    "robust_cross_entropies",
     "robust_cross_entropy",
     "tightness",
 ]

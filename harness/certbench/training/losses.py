@@ -13,5 +13,11 @@ def robust_cross_entropy(margins: Tensor) -> Tensor:
     Cross entropy of the logits ``[0, -m]`` with target 0: an upper bound of the worst cross entropy in the box
     (arXiv 2103.17268, section 3.3 of the paper's setting; arXiv 1810.12715).
     """
+    return robust_cross_entropies(margins, "mean")
+
+
+def robust_cross_entropies(margins: Tensor, reduction: str = "none") -> Tensor:
+    """The same of each image, shape (batch,)."""
     logits = F.pad(-margins, (1, 0))
-    return F.cross_entropy(logits, torch.zeros(len(margins), dtype=torch.long, device=margins.device))
+    target = torch.zeros(len(margins), dtype=torch.long, device=margins.device)
+    return F.cross_entropy(logits, target, reduction=reduction)

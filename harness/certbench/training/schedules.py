@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -73,3 +74,28 @@ class LinearRamp:
     def __call__(self, batch: int) -> float:
         done = batch - (self.start - 1) * self.batches_per_epoch
         return self.target * min(max(done / (self.length * self.batches_per_epoch), 0.0), 1.0)
+
+
+@dataclass(frozen=True)
+class NoRamp:
+    """0 before epoch ``start``, ``target`` from its first batch on; ``length`` says only how long a warm-up lasts."""
+
+    target: float
+    start: int
+    length: int
+    batches_per_epoch: int
+
+    @property
+    def last_epoch(self) -> int:
+        return self.start + self.length - 1
+
+    def __call__(self, batch: int) -> float:
+        return self.target if batch >= (self.start - 1) * self.batches_per_epoch else 0.0
+
+
+RAMPS: dict[str, Callable[[float, int, int, int], Ramp]] = {
+    "smoothed": SmoothedRamp,
+    "linear": LinearRamp,
+    "none": NoRamp,
+}
+"""By the names of ``[method] ramp``; each takes target, start, length and batches per epoch."""

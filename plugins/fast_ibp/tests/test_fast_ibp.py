@@ -16,8 +16,8 @@ from certbench.data.files import load_dataset
 from certbench.errors import UsageError
 from certbench.models import build_network
 from certbench.plugins import installed
-from certbench.training import SmoothedRamp, Step, relu_balance, robust_cross_entropy, tightness
-from certbench_fast_ibp.objective import NATURAL_EPS, FastIBP
+from certbench.training import NATURAL_EPS, SmoothedRamp, Step, relu_balance, robust_cross_entropy, tightness
+from certbench_fast_ibp.objective import FastIBP
 from certbench_fast_ibp.settings import FastIBPSettings
 
 BATCHES = 10

@@ -1,0 +1,336 @@
+"""Accuracy against robustness: each method as the set of points of its sweep, and what one front says of another.
+
+The robustness of a point is ACR / cap, so recipes of different radii share a front as long as cap, verifier and its
+tolerance are equal. Never ranked by ACR alone: a classifier that always names the commonest class has some.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from tabulate import tabulate
+
+from certbench.leaderboard.board import Board, Row
+from certbench.leaderboard.tables import MARKER, escape_markdown
+from certbench.recipe import RADIUS_TOLERANCE
+from certbench.results.store import ResultStore
+from certbench.stats.fronts import Comparison, Estimate, Floats, Sweep, compare, hypervolume, nondominated
+
+BASELINE = "ibp"
+"""The method whose points others are held against; its sweep goes over kappa and over the training radius."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One network certified on a whole test set: what was decided of each image, in published order.
+
+    ``setting`` names the recipe with what it changes. ``correct`` and ``radius`` (pixel units, rounded down, 0 for a
+    misclassified image) have shape (images,).
+    """
+
+    method: str
+    setting: str
+    seed: int
+    correct: Floats
+    radius: Floats
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What all points of one trade-off table have in common; ``tolerance`` is a share of the cap."""
+
+    dataset: str
+    norm: str
+    model: str
+    cap: float
+    verifier: str
+    guarantee: str
+    tolerance: float | None
+    majority: float
+    """The share of the commonest class in the test set."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """The mean of one setting over its seeds, as shares of 1."""
+
+    setting: str
+    seeds: tuple[int, ...]
+    accuracy: float
+    robustness: float
+    on_front: bool
+    beyond_constant: bool
+
+
+@dataclass(frozen=True)
+class Front:
+    """A method's points, the most accurate first, and the area under them, of seed means and of every seed."""
+
+    method: str
+    points: tuple[Point, ...]
+    hypervolume: float
+    of_seeds: dict[int, float]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A method held against the baseline's points, over the seeds that all settings of both have."""
+
+    challenger: str
+    baseline: str
+    settings: tuple[str, ...]
+    seeds: tuple[int, ...]
+    comparison: Comparison
+
+
+@dataclass(frozen=True)
+class Tradeoff:
+    """One table: the fronts of all methods under common terms, and what may be claimed from them."""
+
+    terms: Terms
+    fronts: tuple[Front, ...]
+    claims: tuple[Claim, ...]
+
+
+def tradeoff(terms: Terms, measured: Iterable[Measured], resamples: int = 1000) -> Tradeoff:
+    """The fronts of every method, and a claim for each with two settings or more against the baseline.
+
+    Raises:
+        ValueError: networks were certified on different numbers of images, or one setting has a seed twice.
+    """
+    sweeps: dict[str, dict[str, dict[int, Measured]]] = defaultdict(lambda: defaultdict(dict))
+    for one in measured:
+        if one.seed in sweeps[one.method][one.setting]:
+            raise ValueError(f"{one.setting} has seed {one.seed} twice")
+        sweeps[one.method][one.setting][one.seed] = one
+    fronts = tuple(_front(method, settings, terms) for method, settings in sorted(sweeps.items()))
+    claims = [
+        _claim(method, settings, sweeps[BASELINE], terms, resamples)
+        for method, settings in sorted(sweeps.items())
+        if BASELINE in sweeps and method != BASELINE and len(settings) > 1
+    ]
+    return Tradeoff(terms, fronts, tuple(claim for claim in claims if claim is not None))
+
+
+def _front(method: str, settings: dict[str, dict[int, Measured]], terms: Terms) -> Front:
+    names = list(settings)
+    means = np.array([_mean(list(settings[name].values()), terms) for name in names])
+    on_front = nondominated(means)
+    order = sorted(range(len(names)), key=lambda k: (-means[k, 0], -means[k, 1], names[k]))
+    points = tuple(
+        Point(
+            setting=names[k],
+            seeds=tuple(sorted(settings[names[k]])),
+            accuracy=float(means[k, 0]),
+            robustness=float(means[k, 1]),
+            on_front=bool(on_front[k]),
+            beyond_constant=bool(means[k, 1] > terms.majority),
+        )
+        for k in order
+    )
+    reference = (terms.majority, 0.0)
+    of_seeds = {
+        seed: hypervolume(np.array([_mean([settings[name][seed]], terms) for name in names]), reference)
+        for seed in _common_seeds([settings])
+    }
+    return Front(method, points, hypervolume(means, reference), of_seeds)
+
+
+def _mean(runs: Sequence[Measured], terms: Terms) -> tuple[float, float]:
+    return (
+        float(np.mean([run.correct.mean() for run in runs])),
+        float(np.mean([run.radius.mean() for run in runs])) / terms.cap,
+    )
+
+
+def _common_seeds(sweeps: Sequence[dict[str, dict[int, Measured]]]) -> list[int]:
+    return sorted(set.intersection(*(set(seeds) for settings in sweeps for seeds in settings.values())))
+
+
+def _claim(
+    method: str,
+    challenger: dict[str, dict[int, Measured]],
+    baseline: dict[str, dict[int, Measured]],
+    terms: Terms,
+    resamples: int,
+) -> Claim | None:
+    seeds = _common_seeds([challenger, baseline])
+    if not seeds:
+        return None
+    compared = compare(
+        _sweep(challenger, seeds, terms), _sweep(baseline, seeds, terms), terms.majority, resamples
+    )
+    return Claim(method, BASELINE, tuple(baseline), tuple(seeds), compared)
+
+
+def _sweep(settings: dict[str, dict[int, Measured]], seeds: Sequence[int], terms: Terms) -> Sweep:
+    def stacked(column: str) -> Floats:
+        return np.array([[getattr(runs[seed], column) for seed in seeds] for runs in settings.values()])
+
+    return Sweep(stacked("correct").astype(bool), stacked("radius") / terms.cap)
+
+
+# From the rows -------------------------------------------------------------------------------------------------------
+
+
+def tradeoffs(boards: Iterable[Board], store: ResultStore) -> list[Tradeoff]:
+    """A trade-off for every set of terms under which some method has two settings or more.
+
+    Voided and incomplete rows and rows with an unknown radius take no part, nor do statistical guarantees.
+    """
+    groups: dict[tuple[object, ...], list[Row]] = defaultdict(list)
+    for board in boards:
+        for row in board.rows:
+            if row.complete and row.acr is not None and row.cap and row.guarantee != "statistical":
+                key = board.protocol, board.dataset, board.norm, row.model, row.cap, row.certifier
+                groups[(*key, row.guarantee, row.deploy)].append(row)
+    found = []
+    for key, rows in sorted(groups.items(), key=lambda item: tuple(map(str, item[0]))):
+        methods = [row.method for row in rows]
+        if max(methods.count(method) for method in methods) > 1:
+            _, dataset, norm, *_ = key
+            terms = _terms(str(dataset), str(norm), rows[0], store)
+            found.append(tradeoff(terms, (one for row in rows for one in _measured(row, store))))
+    return found
+
+
+def page(boards: Iterable[Board], store: ResultStore) -> str | None:
+    """All trade-offs of a store as one Markdown page; None where there is none."""
+    found = tradeoffs(boards, store)
+    if not found:
+        return None
+    parts = [MARKER, "# Accuracy against robustness", *map(markdown, found)]
+    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+
+
+def _terms(dataset: str, norm: str, row: Row, store: ResultStore) -> Terms:
+    assert row.cap is not None  # rows without one take no part
+    labels = store.certificates(row.run_ids[0], row.certifier, row.settings_digest).column("label")
+    tolerances = [RADIUS_TOLERANCE.get(bound) for bound in row.certifier.split(">")]
+    return Terms(
+        dataset=dataset,
+        norm=norm,
+        model=row.model,
+        cap=float(row.cap),
+        verifier=row.certifier,
+        guarantee=row.guarantee if row.deploy == "float32" else f"{row.guarantee} ({row.deploy})",
+        tolerance=None if None in tolerances else max(t for t in tolerances if t is not None),
+        majority=float(np.bincount(labels.to_numpy()).max() / len(labels)),
+    )
+
+
+def _measured(row: Row, store: ResultStore) -> Iterator[Measured]:
+    setting = f"{row.recipe} ({row.variant})" if row.variant else row.recipe
+    for run_id, seed in zip(row.run_ids, row.seeds, strict=True):
+        table = store.certificates(run_id, row.certifier, row.settings_digest)
+        label, prediction = (table.column(name).to_numpy() for name in ("label", "prediction"))
+        yield Measured(row.method, setting, seed, prediction == label, table.column("radius").to_numpy())
+
+
+# Text ----------------------------------------------------------------------------------------------------------------
+
+
+def markdown(found: Tradeoff) -> str:
+    """The table of points, the areas, and the sentences, as Markdown."""
+    terms = found.terms
+    words = (terms.dataset, terms.norm, terms.model, f"cap {terms.cap:g}", f"verifier {terms.verifier}")
+    title = f"## {', '.join(map(escape_markdown, words))}"
+    parts = [
+        title,
+        _points(found),
+        _areas(found),
+        *(_sentences(claim) for claim in found.claims),
+        _foot(terms),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _points(found: Tradeoff) -> str:
+    terms = found.terms
+    headers = ("method", "setting", "seeds", "clean %", "ACR/cap %", "front", "cap", "verifier", "tolerance")
+    lines = [
+        [
+            escape_markdown(front.method),
+            escape_markdown(point.setting),
+            len(point.seeds),
+            f"{100 * point.accuracy:.2f}",
+            f"{100 * point.robustness:.2f}" + ("" if point.beyond_constant else " †"),
+            "yes" if point.on_front else "",
+            f"{terms.cap:g}",
+            escape_markdown(terms.verifier),
+            "" if terms.tolerance is None else f"{terms.tolerance:.1e}",
+        ]
+        for front in found.fronts
+        for point in front.points
+    ]
+    align = ["left", "left", *["right"] * 3, "left", "right", "left", "right"]
+    return tabulate(lines, headers=headers, tablefmt="pipe", colalign=align, disable_numparse=True)
+
+
+def _areas(found: Tradeoff) -> str:
+    lines = [
+        [
+            escape_markdown(front.method),
+            len(front.points),
+            f"{front.hypervolume:.4f}",
+            ", ".join(f"{seed}: {area:.4f}" for seed, area in front.of_seeds.items()),
+        ]
+        for front in sorted(found.fronts, key=lambda front: -front.hypervolume)
+    ]
+    headers = ("method", "settings", "hypervolume", "of each seed")
+    align = ["left", "right", "right", "left"]
+    return tabulate(lines, headers=headers, tablefmt="pipe", colalign=align, disable_numparse=True)
+
+
+def _sentences(claim: Claim) -> str:
+    """The claim of one method, by the template that says which ratio, where, and how sure; never typed by hand."""
+    comparison = claim.comparison
+    who = f"{escape_markdown(claim.challenger)} against {escape_markdown(claim.baseline)}"
+    if comparison.largest is None:
+        return f"{who}: the baseline has no point with any robustness, so there is no ratio."
+    at = max(comparison.ratios, key=lambda ratio: ratio.ratio.value)
+    reached = sum(ratio.reached for ratio in comparison.ratios)
+    words = [
+        f"{who}, ACR at matched clean accuracy, {_count(len(claim.seeds), 'seed')}:",
+        f"up to {_times(comparison.largest)}, at baseline accuracy {100 * at.accuracy:.2f} %;",
+        f"geometric mean {_times(comparison.mean)} over the {reached} of "
+        f"{_count(len(comparison.ratios), 'baseline point')} that it reaches;"
+        if comparison.mean
+        else f"it reaches none of {_count(len(comparison.ratios), 'baseline point')};",
+        f"up to {_times(comparison.beyond_constant)} where the baseline beats a constant classifier."
+        if comparison.beyond_constant
+        else "the baseline beats a constant classifier nowhere.",
+    ]
+    lines = [
+        f"* at baseline accuracy {100 * r.accuracy:.2f} % ({escape_markdown(claim.settings[r.setting])}) the ratio is "
+        f"{_times(r.ratio)}, by the concave hull {r.hull:.2f}"
+        if r.reached
+        else f"* at baseline accuracy {100 * r.accuracy:.2f} % ({escape_markdown(claim.settings[r.setting])}) it has no "
+        "point that accurate"
+        for r in sorted(comparison.ratios, key=lambda r: -r.accuracy)
+    ]
+    return "\n".join([" ".join(words), "", *lines])
+
+
+def _times(estimate: Estimate) -> str:
+    return f"{estimate.value:.2f} [95% CI {estimate.low:.2f}, {estimate.high:.2f}]"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _foot(terms: Terms) -> str:
+    return "\n".join([
+        "* tolerance: how far below the largest provable radius a radius may lie, as a share of the cap.",
+        f"* Points are means over seeds and all test images; radii are {terms.guarantee} certificates, a misclassified "
+        "image counting 0.",
+        f"* †: at most what a constant classifier has, {100 * terms.majority:.2f} % of the cap.",
+        f"* Hypervolume: area above ({100 * terms.majority:.2f} %, 0), the commonest class and no robustness, as shares of 1.",
+        "* Ratios: the best ACR among a method's points at least as accurate as the baseline's point (staircase rule), over "
+        "the baseline's; the baseline is never interpolated. Intervals: paired bootstrap over test images nested in seeds, "
+        "1,000 resamples, the maximum and the mean inside.",
+    ])  # fmt: skip

@@ -1,0 +1,198 @@
+"""Trade-off fronts: points (accuracy, robustness), both to be maximised; which points count, and how two fronts compare.
+
+Points are rows of an array (points, 2) of shares in [0, 1], the robustness being ACR / cap. numpy only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+STEPS = 2.0**32
+"""Radii enter a bootstrap as whole numbers of ``cap / STEPS``, rounded down, so that sums are exact in any order."""
+CHUNK = 64
+"""Resamples that are drawn at a time."""
+
+
+def nondominated(points: Floats) -> NDArray[np.bool_]:
+    """True where no other point is at least as good in both and better in one; equal points stand together."""
+    at_least = np.all(points[None] >= points[:, None], axis=2)
+    better = np.any(points[None] > points[:, None], axis=2)
+    return ~np.any(at_least & better, axis=1)
+
+
+def hypervolume(points: Floats, reference: tuple[float, float]) -> float:
+    """The area that is dominated by the points and lies above the reference in both."""
+    area, height = 0.0, reference[1]
+    for accuracy, robustness in points[np.argsort(-points[:, 0], kind="stable")]:
+        if accuracy > reference[0] and robustness > height:
+            area += (accuracy - reference[0]) * (robustness - height)
+            height = robustness
+    return float(area)
+
+
+def staircase(points: Floats, accuracy: float) -> float:
+    """The best robustness of a point at least that accurate, NaN where there is none."""
+    reached = points[points[:, 0] >= accuracy, 1]
+    return float(reached.max()) if len(reached) else float("nan")
+
+
+def hull(points: Floats, accuracy: float) -> float:
+    """The best robustness, in expectation, of choosing at random between two points; NaN where none is accurate enough.
+
+    The upper concave hull at that accuracy, never below :func:`staircase`.
+    """
+    best = staircase(points, accuracy)
+    above, below = points[points[:, 0] >= accuracy], points[points[:, 0] < accuracy]
+    if len(above) and len(below):
+        a, b = above[:, None], below[None]
+        share = (accuracy - b[..., 0]) / (a[..., 0] - b[..., 0])
+        best = max(best, float((b[..., 1] + share * (a[..., 1] - b[..., 1])).max()))
+    return best
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A challenger's robustness over a baseline's, at the accuracy of one of the baseline's points.
+
+    ``ratio`` is by the staircase rule, 0 where the challenger has no point that accurate (``reached`` is false);
+    ``hull`` by the concave hull. ``beyond_constant``: the baseline is more robust there than a constant classifier.
+    """
+
+    setting: int
+    accuracy: float
+    robustness: float
+    ratio: Estimate
+    hull: float
+    reached: bool
+    beyond_constant: bool
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Ratios at every baseline point that has any robustness, and what they add up to; None where no point qualifies.
+
+    ``largest`` is over all of them, ``beyond_constant`` over those where the baseline is more robust than a constant
+    classifier, ``mean`` the geometric mean over those that the challenger reaches.
+    """
+
+    ratios: tuple[Ratio, ...]
+    largest: Estimate | None
+    beyond_constant: Estimate | None
+    mean: Estimate | None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A method's settings: whether each image is classified correctly, and its radius as a share of the cap.
+
+    Both have shape (settings, seeds, images); a misclassified image has radius 0.
+    """
+
+    correct: NDArray[np.bool_]
+    radius: Floats
+
+    def points(self) -> Floats:
+        """(accuracy, ACR / cap) of each setting, means over seeds and images."""
+        _, seeds, images = self.correct.shape
+        once = np.ones((1, images)), np.ones((1, seeds))
+        return np.asarray(self.resampled(*once)[0])
+
+    def resampled(self, images: Floats, seeds: Floats) -> Floats:
+        """The points when images and seeds count as often as given, (resamples, ...): (resamples, settings, 2)."""
+        settings, S, N = self.correct.shape
+        whole = np.floor(self.radius * STEPS)
+        flat = np.stack([self.correct.astype(np.float64), whole], -1).transpose(0, 1, 3, 2).reshape(-1, N)
+        sums = (flat @ images.T).reshape(settings, S, 2, len(images))
+        total = np.einsum("psmb,bs->bpm", sums, seeds)
+        return np.asarray(total / (S * N) / np.array([1.0, STEPS]))
+
+
+def compare(challenger: Sweep, baseline: Sweep, constant: float, resamples: int = 1000) -> Comparison:
+    """ACR at matched clean accuracy by the staircase rule, with a paired bootstrap over test images nested in seeds.
+
+    A resample draws seeds, and images, with replacement; the draws are the same for all settings of both methods,
+    which must have the same seeds and images. The largest ratio and the mean are taken inside the bootstrap. The
+    baseline is never interpolated.
+
+    Args:
+        constant: the share of the commonest class, which is what a constant classifier has as ACR / cap.
+    """
+    ours, theirs = baseline.points(), challenger.points()
+    kept = np.flatnonzero(ours[:, 1] > 0)
+    observed = _ratios(theirs[None], ours[None])[:, kept]
+    drawn = np.concatenate([
+        _ratios(challenger.resampled(images, seeds), baseline.resampled(images, seeds))[:, kept]
+        for images, seeds in _resamples(baseline.correct.shape[1:], resamples)
+    ])  # fmt: skip
+    beyond, reached = ours[kept, 1] > constant, observed[0] > 0
+    ratios = tuple(
+        Ratio(
+            setting=int(j),
+            accuracy=float(ours[j, 0]),
+            robustness=float(ours[j, 1]),
+            ratio=_estimate(observed[:, k], drawn[:, k]),
+            hull=hull(theirs, float(ours[j, 0])) / float(ours[j, 1]),
+            reached=bool(reached[k]),
+            beyond_constant=bool(beyond[k]),
+        )
+        for k, j in enumerate(kept)
+    )
+    return Comparison(
+        ratios,
+        largest=_estimate(observed.max(1), drawn.max(1)) if len(kept) else None,
+        beyond_constant=_estimate(observed[:, beyond].max(1), drawn[:, beyond].max(1))
+        if beyond.any()
+        else None,
+        mean=_estimate(_mean(observed[:, reached]), _mean(drawn[:, reached])) if reached.any() else None,
+    )
+
+
+def _ratios(challenger: Floats, baseline: Floats) -> Floats:
+    """Staircase values over the baseline's, (resamples, baseline settings); 0 where no point is accurate enough."""
+    reached = challenger[:, :, None, 0] >= baseline[:, None, :, 0]
+    best = np.where(reached, challenger[:, :, None, 1], 0.0).max(1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(np.nan_to_num(best / baseline[..., 1], nan=0.0, posinf=np.inf))
+
+
+def _mean(ratios: Floats) -> Floats:
+    with np.errstate(divide="ignore"):
+        return np.asarray(np.exp(np.log(ratios).mean(1)))
+
+
+def _estimate(observed: Floats, drawn: Floats) -> Estimate:
+    low, high = np.quantile(
+        drawn, [0.025, 0.975], method="inverted_cdf"
+    )  # no interpolation: some are infinite
+    return Estimate(float(observed[0]), float(low), float(high))
+
+
+def _resamples(shape: tuple[int, ...], count: int) -> Iterator[tuple[Floats, Floats]]:
+    """How often each image and each seed is drawn, (resamples, images) and (resamples, seeds), some at a time.
+
+    The legacy generator's stream is frozen for good, so that tables can be rebuilt with any numpy.
+    """
+    seeds, images = shape
+    source = np.random.RandomState(2307)
+    for start in range(0, count, CHUNK):
+        many = min(CHUNK, count - start)
+        yield _draws(source, many, images), _draws(source, many, seeds)
+
+
+def _draws(source: np.random.RandomState, resamples: int, size: int) -> Floats:
+    drawn = source.randint(0, size, (resamples, size)) + size * np.arange(resamples)[:, None]
+    return np.bincount(drawn.ravel(), minlength=resamples * size).reshape(resamples, size).astype(np.float64)
