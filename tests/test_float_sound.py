@@ -24,7 +24,7 @@ from certbench.bounds import (
     sound_margins,
     trace,
 )
-from certbench.bounds.certifiers import Certifier, find_certifier
+from certbench.bounds.certifiers import find_certifier
 from certbench.bounds.precision import gamma
 from certbench.bounds.sound import Deployment, sound_bounds, sound_input_box
 from certbench.contract import Certificates, CertifyTask
