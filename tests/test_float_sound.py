@@ -27,7 +27,7 @@ from certbench.bounds import (
 from certbench.bounds.certifiers import find_certifier
 from certbench.bounds.precision import gamma
 from certbench.bounds.sound import Deployment, sound_bounds, sound_input_box
-from certbench.contract import Certificates, CertifyTask
+from certbench.contract import Certificates, Certifier, CertifyTask
 from certbench.data.dataset import Split
 from certbench.errors import RunError, UsageError
 from certbench.models.fold import deployed_network

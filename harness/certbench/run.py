@@ -40,6 +40,7 @@ from certbench.results import provenance
 from certbench.results.files import write_atomically
 from certbench.results.store import ResultStore, audit_stage, certify_stage
 from certbench.seeding import derive_seed
+from certbench.smoothing import find_smoother
 from certbench.training.checkpoint import network_digest, save_network
 
 T = TypeVar("T")
@@ -433,6 +434,8 @@ def choose_certifier(recipe: Recipe, owned: Owned, plugins: Plugins) -> Certifie
     asked, method = recipe.certify, recipe.method.name
     name = asked.certifier or owned.card.certifier
     if name != owned.card.certifier or not plugins.has_certifier(method):
+        if recipe.threat.norm == "l2":
+            return find_smoother(name, recipe)
         return find_certifier(name, asked.guarantee, asked.deploy)
     settings = {
         "certifier": method,

@@ -7,6 +7,7 @@ the network and gives the loss of a batch.
 from certbench.training.fit import Objective, Step, fit
 from certbench.training.initialization import ibp_initialization
 from certbench.training.losses import robust_cross_entropy
+from certbench.training.noise import gaussian_noise
 from certbench.training.regularizers import relu_balance, tightness
 from certbench.training.schedules import LinearRamp, SmoothedRamp
 
@@ -16,6 +17,7 @@ __all__ = [
     "SmoothedRamp",
     "Step",
     "fit",
+    "gaussian_noise",
     "ibp_initialization",
     "relu_balance",
     "robust_cross_entropy",
