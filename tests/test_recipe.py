@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from fractions import Fraction
 from pathlib import Path
@@ -144,3 +145,74 @@ def test_keys_added_later_leave_the_run_ids_of_earlier_rows_alone() -> None:
 def test_milestones_beside_another_schedule_are_refused() -> None:
     with pytest.raises(UsageError, match="milestones say nothing"):
         parse_recipe(TABLE, "t", ["train.schedule=cosine", "train.milestones=[1]"])
+
+
+L2 = {**TABLE, "threat": {"norm": "l2", "sigma": 0.5}}
+
+
+def test_an_l2_recipe_has_a_noise_level_and_no_radius() -> None:
+    found = parse_recipe(
+        L2, "t", ['certify.smoothing.radii=["0", "0.25", "1.5"]', "certify.smoothing.n=5000"]
+    )
+    assert (found.sigma, found.smoothing.n, found.smoothing.radii[2]) == (0.5, 5000, Fraction(3, 2))
+    assert validate(found.canonical(), "t") == found
+    with pytest.raises(UsageError, match="no radius"):
+        _ = found.radius
+    with pytest.raises(UsageError, match="only norm l2"):
+        _ = recipe().sigma
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("threat.sigma=0", "threat.sigma = 0"),
+        ("threat.sigma=nan", "threat.sigma"),
+        ("threat.radius=0.1", "radius says nothing"),
+        ("threat.norm=linf", "needs radius"),
+        ("certify.cap=1", "certify.cap says nothing"),
+        ("certify.guarantee=real_arith", "certify.guarantee says nothing"),
+        ("certify.smoothing.failure_probability=0.5", "failure_probability = 0.5"),
+        ("certify.smoothing.failure_probability=0", "failure_probability = 0"),
+        ("certify.smoothing.n=0", "smoothing.n = 0"),
+        ("certify.smoothing.batch=150", "batch = 150"),
+        ('certify.smoothing.radii=["1","0.5"]', "each larger"),
+        ('certify.smoothing.radii=["-1"]', "not negative"),
+        ("certify.smoothing.subset=every-0", "subset"),
+        ("certify.smoothing.budget=3", "unknown key 'certify.smoothing.budget'"),
+    ],
+)
+def test_bad_l2_settings_are_explained(override: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        parse_recipe(L2, "t", [override])
+
+
+def test_smoothing_settings_beside_an_linf_radius_are_refused() -> None:
+    with pytest.raises(UsageError, match="certify.smoothing says nothing"):
+        recipe(certify={"smoothing": {"n": 5}})
+
+
+@pytest.mark.parametrize(
+    ("certifier", "subset", "protocol"),
+    [
+        (None, "all", "l2-sequential-1"),
+        ("smoothing", "all", "l2-fixed-1"),
+        ("smoothing", "every-20", "l2-fixed-1-every-20"),
+        ("smoothing-sequential-label", "all", "l2-sequential-1-label"),
+        ("of-a-plugin", "all", "l2-of-a-plugin-1"),
+    ],
+)
+def test_each_kind_of_l2_certificate_has_a_protocol_of_its_own(
+    certifier: str | None, subset: str, protocol: str
+) -> None:
+    certify = {"certifier": certifier, "smoothing": {"subset": subset}}
+    assert parse_recipe({**L2, "certify": certify}, "t").protocol == protocol
+
+
+def test_run_ids_of_committed_rows_stay_what_they_are() -> None:
+    from certbench.results.store import ResultStore
+
+    folder = Path(__file__).parents[1] / "leaderboards" / "results"
+    for row in ResultStore(folder).read("runs").to_pylist():
+        found = validate(json.loads(row["recipe"]), "row")
+        assert run_id(found, row["dataset_digest"], row["numerics"]) == row["run_id"]
+        assert found.canonical_json() == row["recipe"]

@@ -92,6 +92,25 @@ class SilentReporter:
     def say(self, line: str) -> None: ...
 
 
+class Scratch(Protocol):
+    """Where a certifier keeps work that is half done, so that an interrupted run goes on from there."""
+
+    def load(self) -> bytes | None:
+        """What was saved last for this network and these settings, if anything."""
+
+    def save(self, content: bytes) -> None:
+        """Replace what was saved."""
+
+
+class NoScratch:
+    """Keeps nothing: for programs and tests."""
+
+    def load(self) -> bytes | None:
+        return None
+
+    def save(self, content: bytes) -> None: ...
+
+
 @dataclass(frozen=True)
 class TrainTask:
     """All that ``train`` gets.
@@ -121,8 +140,10 @@ class CertifyTask:
     """All that ``certify`` gets: the trained network and the images to decide.
 
     ``split`` holds uint8 images in published order, pixel = integer / ``levels``; ``start`` is the index of its first
-    image in that order.
-    ``radius`` and ``cap`` are exact fractions of the pixel range.
+    image in that order, and ``stride`` the distance from each to the next.
+    ``radius`` and ``cap`` are exact fractions of the pixel range; norm l2 asks for no radius, and both are 0.
+    ``run_id`` keys the random numbers of a statistical certifier. ``reporter`` may be told more than that certificates
+    come in, which the harness sees for itself.
     """
 
     recipe: Recipe
@@ -134,6 +155,10 @@ class CertifyTask:
     radius: Fraction
     cap: Fraction
     device: torch.device
+    stride: int = 1
+    run_id: str = ""
+    reporter: Reporter = field(default_factory=SilentReporter)
+    scratch: Scratch = field(default_factory=NoScratch)
 
 
 @dataclass(frozen=True)
@@ -143,7 +168,10 @@ class Certificates:
     ``radius`` is rounded down and was itself proved; NaN where none is known (``error``, ``timeout``, ``not_run``),
     0 for a misclassified image. ``margin`` is the proved lower bound of (logit of the label) - (any other logit) at
     the recipe's radius. ``verdict`` and ``proved_by`` hold strings; ``proved_by`` is empty where nothing was proved;
-    ``ibp; radius crown`` where one bound proved the verdict and another the larger radius.
+    ``ibp; radius crown`` where one bound proved the verdict and another the larger radius. ``columns`` holds further
+    columns of the certificates table that its schema lets be null, such as ``draws`` or ``straddling``; every part of a
+    run brings the same ones. A ``statistical`` certificate has no margin; its ``prediction`` is the class that was tested
+    or certified, -1 where there is none, and its verdict ``certified`` says that some radius above 0 is.
     """
 
     index: np.ndarray
@@ -155,7 +183,18 @@ class Certificates:
     passes: np.ndarray
     guarantee: Guarantee
     deploy: str = "float32"
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 TrainHook = Callable[[TrainTask], "torch.nn.Module"]
 CertifyHook = Callable[[CertifyTask], Iterable[Certificates]]
+
+
+@dataclass(frozen=True)
+class Certifier:
+    """A way to decide images; ``settings`` are what its results depend on, hashed into every row."""
+
+    name: str
+    summary: str
+    certify: CertifyHook
+    settings: Mapping[str, object]

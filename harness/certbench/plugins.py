@@ -174,7 +174,9 @@ class Plugins:
         content["method"] = {"name": recipe.method.name, **settings}
         certifier = recipe.certify.certifier or self.owner(recipe.method.name).card.certifier
         content["certify"]["certifier"] = certifier
-        if recipe.certify.guarantee is None:
+        if recipe.threat.norm == "l2":
+            content["certify"]["smoothing"] = recipe.smoothing.model_dump(mode="json")
+        elif recipe.certify.guarantee is None:
             content["certify"]["guarantee"] = "float_sound" if certifier in SOUND_CERTIFIERS else "real_arith"
         return Recipe.model_validate(content)
 

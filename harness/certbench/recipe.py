@@ -31,11 +31,26 @@ from pydantic import (
 )
 
 from certbench.errors import UsageError, nearest
-from certbench.threat import parse_radius
+from certbench.threat import parse_distance, parse_radius
 
-PROTOCOL = "linf-1"
-"""The rules rows are made under: whole test set in published order, raw pixels in [0, 1], strict margins,
-certification in float64 in shards of fixed size. Rows of different protocols never share a table."""
+PROTOCOLS = {
+    "linf": "linf-1",
+    "smoothing": "l2-fixed-1",
+    "smoothing-two-sided": "l2-fixed-1",
+    "smoothing-label": "l2-fixed-1-label",
+    "smoothing-sequential": "l2-sequential-1",
+    "smoothing-sequential-label": "l2-sequential-1-label",
+}
+"""The rules rows are made under, by norm for L-inf and by certifier for L2; rows of different ones never share a table.
+
+``linf-1``: whole test set in published order, raw pixels in [0, 1], strict margins, certification in float64 in shards
+of fixed size. ``l2-...``: the same images or a named subset, noise on raw pixels, batches of one padded shape; ``fixed``
+takes all its draws, ``sequential`` stops by a rule; ``label`` tests the label itself in place of a class selected from
+draws of its own, which answers another question.
+"""
+
+SEQUENTIAL = "smoothing-sequential"
+"""The certifier of an L2 recipe that names none."""
 
 CORE_NUMERICS = 1
 """Raised when a change of the core moves numbers; part of every run id."""
@@ -47,6 +62,7 @@ RADIUS_TOLERANCE = {"ibp": 2.0**-20, "crown-ibp": 2.0**-10, "crown": 2.0**-10, "
 """How far below the largest provable radius a certifier's radius may lie, as a share of the cap."""
 
 Radius = Annotated[Fraction, BeforeValidator(parse_radius), PlainSerializer(str, return_type=str)]
+Distance = Annotated[Fraction, BeforeValidator(parse_distance), PlainSerializer(str, return_type=str)]
 
 
 class Strict(BaseModel):
@@ -70,10 +86,26 @@ class Strict(BaseModel):
 
 
 class Threat(Strict):
-    """The perturbations that must not change the prediction, in raw pixel units."""
+    """The perturbations that must not change the prediction, in raw pixel units.
 
-    norm: Literal["linf"] = "linf"
-    radius: Radius
+    An L-inf threat has a radius. An L2 threat has the standard deviation ``sigma`` of the Gaussian noise that smooths
+    the network, and every image a certified radius of its own.
+    """
+
+    norm: Literal["linf", "l2"] = "linf"
+    radius: Radius | None = None
+    sigma: float | None = Field(default=None, gt=0)
+
+    later: ClassVar[frozenset[str]] = frozenset({"sigma"})
+
+    @model_validator(mode="after")
+    def _radius_or_sigma(self) -> Threat:
+        needed, other = ("radius", "sigma") if self.norm == "linf" else ("sigma", "radius")
+        if getattr(self, needed) is None:
+            raise ValueError(f'norm = "{self.norm}" needs {needed}')
+        if getattr(self, other) is not None:
+            raise ValueError(f'{other} says nothing to norm = "{self.norm}", which has {needed}')
+        return self
 
 
 class Train(Strict):
@@ -114,6 +146,44 @@ class Train(Strict):
         return self
 
 
+class Smoothing(Strict):
+    """``[certify.smoothing]``: how many draws an L2 certificate takes, and when the sequential certifier stops."""
+
+    n0: int = Field(default=100, ge=1)
+    """Draws that select the class under test; none where the label is tested."""
+    n: int = Field(default=100_000, ge=1)
+    """Further draws per image: all of them (``smoothing``), or at most so many (``smoothing-sequential``)."""
+    failure_probability: float = Field(default=0.001, gt=0, lt=0.5)
+    """alpha: how often, at most, a certificate may be wrong, for each image on its own."""
+    goal: Literal["radii", "tolerance", "budget"] = "radii"
+    """When the sequential certifier stops: all ``radii`` are decided; the radius is within ``tolerance`` of what all
+    ``n`` draws would give; or never before ``n``."""
+    radii: tuple[Distance, ...] = tuple(Fraction(k, 4) for k in range(11))
+    """Those that ``n`` draws could not certify are not waited for."""
+    tolerance: float = Field(default=0.05, gt=0, lt=1)
+    """As a share of the radius."""
+    batch: int = Field(default=400, ge=100, multiple_of=100)
+    """Noisy images per pass of the network."""
+    exact_noise: bool = False
+    """Noise on the grid of pixel values, drawn exactly: the guarantee does not rest on floating-point Gaussians."""
+    compile: bool = False
+    """Run the network through ``torch.compile``."""
+    subset: str = Field(default="all", pattern=r"^(all|every-[1-9][0-9]{0,5})$")
+    """The test images that are certified: all, or ``every-20`` for images 0, 20, 40 and so on."""
+
+    @field_validator("radii")
+    @classmethod
+    def _radii_rise(cls, radii: tuple[Fraction, ...]) -> tuple[Fraction, ...]:
+        if not radii or any(b <= a for a, b in itertools.pairwise(radii)):
+            raise ValueError("give at least one radius, each larger than the one before")
+        return radii
+
+    @property
+    def stride(self) -> int:
+        """1 for all images, 20 for ``every-20``."""
+        return 1 if self.subset == "all" else int(self.subset.removeprefix("every-"))
+
+
 class Certify(Strict):
     """How certificates are made; ``cap`` bounds the per-image radius search and defaults to the threat's radius."""
 
@@ -123,7 +193,11 @@ class Certify(Strict):
     """Whether bounds cover the round-off of the deployed network, or speak of real arithmetic; by default the former
     where the certifier can (``SOUND_CERTIFIERS``)."""
     deploy: Literal["float32", "float64", "tf32", "bf16", "fp16"] = "float32"
-    """The arithmetic that a float-sound certificate covers."""
+    """The arithmetic that a float-sound certificate covers, or in which a smoothed network is run."""
+    smoothing: Smoothing | None = None
+    """For norm l2 alone."""
+
+    later: ClassVar[frozenset[str]] = frozenset({"smoothing"})
 
     @model_validator(mode="after")
     def _deploy_needs_float_sound(self) -> Certify:
@@ -168,16 +242,55 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _cap_not_below_radius(self) -> Recipe:
-        if self.certify.cap is not None and self.certify.cap < self.threat.radius:
-            raise ValueError(
-                f"certify.cap = {self.certify.cap} lies below threat.radius = {self.threat.radius}"
-            )
+        cap, radius = self.certify.cap, self.threat.radius
+        if cap is not None and radius is not None and cap < radius:
+            raise ValueError(f"certify.cap = {cap} lies below threat.radius = {radius}")
+        return self
+
+    @model_validator(mode="after")
+    def _certify_suits_the_norm(self) -> Recipe:
+        idle = ("cap", "guarantee") if self.threat.norm == "l2" else ("smoothing",)
+        for key in idle:
+            if getattr(self.certify, key) is not None:
+                raise ValueError(f'certify.{key} says nothing to norm = "{self.threat.norm}"; leave it out')
         return self
 
     @property
+    def radius(self) -> Fraction:
+        """
+        Raises:
+            UsageError: the norm is l2, where every image has a radius of its own.
+        """
+        if self.threat.radius is None:
+            raise UsageError(
+                f"{self.name}: norm l2 has no radius that is asked of all images, but a noise level"
+            )
+        return self.threat.radius
+
+    @property
     def cap(self) -> Fraction:
-        """The largest radius the search looks at."""
-        return self.certify.cap or self.threat.radius
+        """The largest radius the search looks at; see :attr:`radius` for what it raises."""
+        return self.certify.cap or self.radius
+
+    @property
+    def sigma(self) -> float:
+        """
+        Raises:
+            UsageError: the norm is L-inf.
+        """
+        if self.threat.sigma is None:
+            raise UsageError(f"{self.name}: smoothing needs threat.sigma, which only norm l2 has")
+        return self.threat.sigma
+
+    @property
+    def smoothing(self) -> Smoothing:
+        """The smoothed certifier's settings, by default where the recipe gives none."""
+        return self.certify.smoothing or Smoothing()
+
+    @property
+    def protocol(self) -> str:
+        """The rules under which this recipe's own certifier makes rows."""
+        return protocol_of(self.threat.norm, self.certify.certifier or SEQUENTIAL, self.smoothing.subset)
 
     def with_seed(self, seed: int) -> Recipe:
         return validate({**self.canonical(), "seed": seed}, self.name)
@@ -188,6 +301,14 @@ class Recipe(Strict):
 
     def canonical_json(self) -> str:
         return json.dumps(self.canonical(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def protocol_of(norm: str, certifier: str, subset: str = "all") -> str:
+    """The protocol of certificates by one certifier on one subset; rows of different protocols never share a table."""
+    if norm == "linf":
+        return PROTOCOLS[norm]
+    rules = PROTOCOLS.get(certifier, f"l2-{certifier}-1")
+    return rules if subset == "all" else f"{rules}-{subset}"
 
 
 def run_id(recipe: Recipe, data_digest: str, method_numerics: int) -> str:
@@ -203,7 +324,7 @@ def run_id(recipe: Recipe, data_digest: str, method_numerics: int) -> str:
         "recipe": content,
         "data": data_digest,
         "numerics": [CORE_NUMERICS, method_numerics],
-        "protocol": PROTOCOL,
+        "protocol": recipe.protocol,
     }
     text = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

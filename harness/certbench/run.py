@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,20 +19,28 @@ from torch import nn
 
 from certbench.audit.certificates import Audit, AuditTask, audit
 from certbench.audit.registry import DEFAULT, Attack, find_attack
-from certbench.bounds.certifiers import Certifier, find_certifier
-from certbench.contract import Certificates, CertifyTask, Reporter, SilentReporter, TrainTask
-from certbench.data.dataset import Dataset, image_digests
+from certbench.bounds.certifiers import find_certifier
+from certbench.contract import (
+    Certificates,
+    Certifier,
+    CertifyTask,
+    Reporter,
+    SilentReporter,
+    TrainTask,
+)
+from certbench.data.dataset import Dataset, Split, image_digests
 from certbench.data.files import load_dataset
 from certbench.errors import CertbenchError, RunError, UsageError
 from certbench.models import build_network
 from certbench.models.fold import deployed_network
 from certbench.models.kernels import plain_kernels
 from certbench.plugins import Owned, Plugins, installed
-from certbench.recipe import PROTOCOL, Recipe, run_id
+from certbench.recipe import Recipe, run_id
 from certbench.results import provenance
 from certbench.results.files import write_atomically
 from certbench.results.store import ResultStore, audit_stage, certify_stage
 from certbench.seeding import derive_seed
+from certbench.smoothing import find_smoother
 from certbench.training.checkpoint import network_digest, save_network
 
 T = TypeVar("T")
@@ -47,6 +56,8 @@ class RunOutcome:
     """What a run left behind: its id, the folder of its checkpoints, the store of its rows, and its headlines.
 
     ``refuted`` counts images whose certificate any recorded attack refuted; it is None where none was audited.
+    ``acr`` is the mean certified radius, None where one is unknown. Under norm l2 an image counts as certified where
+    some radius above 0 is.
     """
 
     run_id: str
@@ -56,6 +67,7 @@ class RunOutcome:
     clean_accuracy: float
     certified_accuracy: float
     refuted: int | None = None
+    acr: float | None = None
 
 
 def run_recipe(
@@ -164,11 +176,13 @@ class Run:
 
     def record(self, certificates: list[Certificates]) -> None:
         """Write certificates, and beside the network in plain words what their settings digest stands for."""
-        columns = certificate_columns(self.dataset, certificates)
+        columns = certificate_columns(self.certified_split, certificates)
         self.store.write_certificates(*self._certificates, columns)
         stage = certify_stage(*self._certificates[1:])
         settings = json.dumps(certify_settings(self.certifier, self.recipe), indent=1, sort_keys=True)
         write_atomically(self.folder / f"{stage}.json", settings.encode())
+        for partial in self.folder.glob(f"{stage}-*.partial"):
+            partial.unlink()
 
     def train(self) -> nn.Module:
         """The trained network, with its row in ``runs`` and its weights in ``network.safetensors``."""
@@ -201,22 +215,32 @@ class Run:
         timer.record()
         return found
 
+    @property
+    def certified_split(self) -> Split:
+        """The test images that the recipe has certified: all of them, unless it names a subset."""
+        return self.dataset.test.every(self.recipe.smoothing.stride)
+
     def certificates(self, network: nn.Module) -> list[Certificates]:
-        """Certificates of the whole test set, in order, by the plugin's own certifier or the core's."""
-        total = len(self.dataset.test)
-        self.reporter.stage("certify", total, "image")
+        """Certificates of the recipe's test images, in order, by the plugin's own certifier or the core's."""
+        split = self.certified_split
+        self.reporter.stage("certify", len(split), "image")
+        before = network_digest(network)
+        has_radius = self.recipe.threat.radius is not None
         task = CertifyTask(
             recipe=self.recipe,
             settings=self.plugins.settings(self.recipe),
             network=network,
-            split=self.dataset.test.to(self.device),
+            split=split.to(self.device),
             levels=self.dataset.info.levels,
             start=0,
-            radius=self.recipe.threat.radius,
-            cap=self.recipe.cap,
+            radius=self.recipe.radius if has_radius else Fraction(0),
+            cap=self.recipe.cap if has_radius else Fraction(0),
             device=self.device,
+            stride=self.recipe.smoothing.stride,
+            run_id=self.id,
+            reporter=self.reporter,
+            scratch=ScratchFile(self._scratch_path(before)),
         )
-        before = network_digest(network)
         found = self._ask_plugin("certify", lambda: self._collect(task))
         if network_digest(network) != before:
             raise RunError(
@@ -224,6 +248,11 @@ class Run:
                 "certificates are not recorded"
             )
         return found
+
+    def _scratch_path(self, network: str) -> Path:
+        """Named by all that makes half-done certificates worth going on with."""
+        stage = certify_stage(self.certifier.name, digest_settings(self.certifier, self.recipe))
+        return self.folder / f"{stage}-{network[:8]}.partial"
 
     def audit(self, network: nn.Module, attack: Attack, of: CertificateSet | None = None) -> None:
         """Attack every correct image at the recipe's radius and every certificate at its own; rows are added.
@@ -249,7 +278,7 @@ class Run:
             radius=rows["radius"].to_numpy(),
             guarantee=guarantee,
             deploy=rows["deploy"].iloc[0],
-            recipe_radius=self.recipe.threat.radius,
+            recipe_radius=self.recipe.radius,
             attack=attack,
             seed=self.recipe.seed,
             device=self.device,
@@ -320,7 +349,7 @@ class Run:
         recipe = self.recipe
         return {
             "run_id": self.id,
-            "protocol": PROTOCOL,
+            "protocol": recipe.protocol,
             "method": recipe.method.name,
             "plugin": self.owned.plugin.distribution,
             "plugin_version": self.owned.plugin.version,
@@ -330,9 +359,9 @@ class Run:
             "model": recipe.model,
             "parameters": sum(p.numel() for p in network.parameters()),
             "norm": recipe.threat.norm,
-            "radius": str(recipe.threat.radius),
-            "sigma": None,
-            "cap": str(recipe.cap),
+            "radius": str(recipe.radius) if recipe.threat.radius is not None else None,
+            "sigma": recipe.threat.sigma,
+            "cap": str(recipe.cap) if recipe.threat.radius is not None else None,
             "seed": recipe.seed,
             "recipe_name": recipe.name,
             "recipe": recipe.canonical_json(),
@@ -355,7 +384,21 @@ class Run:
             clean_accuracy=float((rows["prediction"] == rows["label"]).mean()),
             certified_accuracy=float((rows["verdict"] == "certified").mean()),
             refuted=int(refuted) if len(audits) else None,
+            acr=None if rows["radius"].isna().any() else float(rows["radius"].mean()),
         )
+
+
+@dataclass(frozen=True)
+class ScratchFile:
+    """Half-done work in a file of the run's folder; see :class:`certbench.contract.Scratch`."""
+
+    path: Path
+
+    def load(self) -> bytes | None:
+        return self.path.read_bytes() if self.path.is_file() else None
+
+    def save(self, content: bytes) -> None:
+        write_atomically(self.path, content)
 
 
 class Timer:
@@ -392,6 +435,8 @@ def choose_certifier(recipe: Recipe, owned: Owned, plugins: Plugins) -> Certifie
     asked, method = recipe.certify, recipe.method.name
     name = asked.certifier or owned.card.certifier
     if name != owned.card.certifier or not plugins.has_certifier(method):
+        if recipe.threat.norm == "l2":
+            return find_smoother(name, recipe)
         return find_certifier(name, asked.guarantee, asked.deploy)
     settings = {
         "certifier": method,
@@ -425,11 +470,13 @@ def digest_settings(certifier: Certifier, recipe: Recipe) -> str:
 
 def certify_settings(certifier: Certifier, recipe: Recipe) -> dict[str, Any]:
     """The certifier's settings, its guarantee included, the radius and the cap."""
-    return {**certifier.settings, "radius": str(recipe.threat.radius), "cap": str(recipe.cap)}
+    if recipe.threat.norm == "l2":
+        return {**certifier.settings, "sigma": recipe.sigma}
+    return {**certifier.settings, "radius": str(recipe.radius), "cap": str(recipe.cap)}
 
 
-def certificate_columns(dataset: Dataset, parts: list[Certificates]) -> dict[str, Any]:
-    """The columns of the certificates table for the whole test set."""
+def certificate_columns(split: Split, parts: list[Certificates]) -> dict[str, Any]:
+    """The columns of the certificates table for the images of ``split``."""
 
     def joined(name: str) -> np.ndarray:
         return np.concatenate([getattr(part, name) for part in parts])
@@ -439,8 +486,9 @@ def certificate_columns(dataset: Dataset, parts: list[Certificates]) -> dict[str
             name: joined(name)
             for name in ("index", "prediction", "verdict", "radius", "margin", "proved_by", "passes")
         },
-        "image_digest": image_digests(dataset.test),
-        "label": dataset.test.labels.numpy(),
+        **{name: np.concatenate([part.columns[name] for part in parts]) for name in parts[0].columns},
+        "image_digest": image_digests(split),
+        "label": split.labels.numpy(),
         "guarantee": [part.guarantee for part in parts for _ in part.index],
         "deploy": [part.deploy for part in parts for _ in part.index],
     }
@@ -452,10 +500,11 @@ def _complete(parts: list[Certificates], task: CertifyTask) -> list[Certificates
         RunError: the certifier did not give exactly one certificate per image, in order.
     """
     index = np.concatenate([part.index for part in parts]) if parts else np.array([])
-    if not np.array_equal(index, np.arange(task.start, task.start + len(task.split))):
+    wanted = task.start + task.stride * np.arange(len(task.split))
+    if not np.array_equal(index, wanted):
         raise RunError(
-            f"{task.recipe.name}: certify gave {len(index)} certificates for images {task.start} to "
-            f"{task.start + len(task.split) - 1}; it must give one for each, in order"
+            f"{task.recipe.name}: certify gave {len(index)} certificates for images {wanted[0]} to {wanted[-1]}; "
+            f"it must give one for each{f' {task.stride}th' if task.stride > 1 else ''}, in order"
         )
     return parts
 

@@ -18,24 +18,39 @@ def parse_radius(text: object) -> Fraction:
     Raises:
         ValueError: not a string, not a number, or outside (0, 1].
     """
-    if isinstance(text, Fraction):
-        radius = text
-    elif not isinstance(text, str):
-        raise ValueError(
-            f'a radius is written in quotes, as an exact fraction: "8/255" or "0.1", not {text!r}'
-        )
-    elif not re.fullmatch(r"\s*[+-]?(\d{1,20}(\s*/\s*\d{1,20})?|\d{0,20}\.\d{1,20})\s*", text, re.ASCII):
-        raise ValueError(f'{_short(text)} is not a fraction such as "8/255" or "0.1"')
-    else:
-        try:
-            radius = Fraction(re.sub(r"\s", "", text))
-        except ZeroDivisionError:
-            raise ValueError(f"{text!r} divides by zero") from None
+    radius = _parse(text)
     if not 0 < radius <= 1:
         raise ValueError(
             f"a radius lies above 0 and at most at 1, in units of the pixel range [0, 1]; got {text!s}"
         )
     return radius
+
+
+def parse_distance(text: object) -> Fraction:
+    """An exact L2 distance between images, 0 included; unlike an L-inf radius it may exceed the pixel range.
+
+    Raises:
+        ValueError: not a string, not a number, or negative.
+    """
+    distance = _parse(text)
+    if distance < 0:
+        raise ValueError(f"a distance is not negative; got {text!s}")
+    return distance
+
+
+def _parse(text: object) -> Fraction:
+    if isinstance(text, Fraction):
+        return text
+    if not isinstance(text, str):
+        raise ValueError(
+            f'a radius is written in quotes, as an exact fraction: "8/255" or "0.1", not {text!r}'
+        )
+    if not re.fullmatch(r"\s*[+-]?(\d{1,20}(\s*/\s*\d{1,20})?|\d{0,20}\.\d{1,20})\s*", text, re.ASCII):
+        raise ValueError(f'{_short(text)} is not a fraction such as "8/255" or "0.1"')
+    try:
+        return Fraction(re.sub(r"\s", "", text))
+    except ZeroDivisionError:
+        raise ValueError(f"{text!r} divides by zero") from None
 
 
 def _short(text: str) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -17,7 +17,7 @@ from certbench.bounds.linear import crown_ibp_margins, crown_margins
 from certbench.bounds.precision import Precision, find_precision
 from certbench.bounds.radius import GRID
 from certbench.bounds.sound import sound_input_box, sound_margins
-from certbench.contract import Certificates, CertifyTask
+from certbench.contract import Certifier
 from certbench.errors import UsageError, nearest
 from certbench.models.kernels import SWITCHES
 from certbench.recipe import RADIUS_TOLERANCE
@@ -62,16 +62,6 @@ BOUNDS = {
         ),
     )
 }
-
-
-@dataclass(frozen=True)
-class Certifier:
-    """A way to decide images; ``settings`` are what its results depend on, hashed into every row."""
-
-    name: str
-    summary: str
-    certify: Callable[[CertifyTask], Iterable[Certificates]]
-    settings: Mapping[str, object]
 
 
 def _certifier(bounds: Sequence[Bound]) -> Certifier:

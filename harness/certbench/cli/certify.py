@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from certbench.cli.progress import reporter
-from certbench.cli.run import finish
+from certbench.cli.run import finish, headline
 from certbench.errors import CertbenchError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ EXIT_RUN_FAILED = 3
     "--deploy",
     type=click.Choice(["float32", "float64", "tf32", "bf16", "fp16"]),
     default=None,
-    help="The arithmetic that a float-sound certificate covers.",
+    help="The arithmetic that a float-sound certificate covers, or that a smoothed network is run in.",
 )
 @click.option(
     "--radius",
@@ -85,7 +85,6 @@ def _certify_one(
 ) -> RunOutcome | None:
     """Certify one run and show its counts; an explained failure is one line and does not stop the others."""
     from certbench.recorded import certify_again
-    from certbench.threat import format_radius
 
     try:
         with reporter(f"certify {prefix}") as progress:
@@ -98,10 +97,10 @@ def _certify_one(
         click.echo(f"certbench: {error}", err=True)
         return None
     asked = found.recipe.certify
-    kind = f"{asked.guarantee} for {asked.deploy}" if asked.guarantee == "float_sound" else asked.guarantee
+    guarantee = asked.guarantee or "statistical"
+    kind = guarantee if guarantee == "real_arith" else f"{guarantee} for {asked.deploy}"
     click.echo(
-        f"{found.recipe.name} seed {found.recipe.seed}: clean {100 * found.clean_accuracy:.2f}%, certified "
-        f"{100 * found.certified_accuracy:.2f}% at {format_radius(found.recipe.threat.radius)} "
+        f"{found.recipe.name} seed {found.recipe.seed}: {headline(found)} "
         f"({asked.certifier}, {kind}; run {found.run_id})"
     )
     return found

@@ -33,15 +33,17 @@ def _recipes() -> Rows:
     from certbench.threat import format_radius
 
     plugins = installed()
-    found = []
+    found: Rows = []
     for name in plugins.recipes():
         recipe = plugins.find_recipe(name)
+        threat = recipe.threat
         found.append(
             {
                 "name": name,
                 "dataset": recipe.dataset,
                 "model": recipe.model,
-                "radius": format_radius(recipe.threat.radius),
+                "radius": format_radius(threat.radius) if threat.radius is not None else "",
+                "sigma": threat.sigma if threat.sigma is not None else "",
                 "epochs": recipe.train.epochs,
                 "published": recipe.reference.source if recipe.reference else "",
             }

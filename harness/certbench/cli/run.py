@@ -139,12 +139,19 @@ def _run_one(
     except CertbenchError as error:
         click.echo(f"certbench: {error}", err=True)
         return None
-    click.echo(
-        f"{title}: clean {100 * outcome.clean_accuracy:.2f}%, certified {100 * outcome.certified_accuracy:.2f}% "
-        f"at {recipe.threat.radius} (run {outcome.run_id})",
-        err=True,
-    )
+    click.echo(f"{title}: {headline(outcome)} (run {outcome.run_id})", err=True)
     return outcome
+
+
+def headline(outcome: RunOutcome) -> str:
+    """The figures of a run in a few words; what they are about depends on the norm."""
+    from certbench.threat import format_radius
+
+    certified, threat = f"certified {100 * outcome.certified_accuracy:.2f}%", outcome.recipe.threat
+    if threat.radius is None:
+        acr = "unknown" if outcome.acr is None else f"{outcome.acr:.4f}"
+        return f"{certified} at some radius, ACR {acr}, sigma {threat.sigma}"
+    return f"clean {100 * outcome.clean_accuracy:.2f}%, {certified} at {format_radius(threat.radius)}"
 
 
 def parse_seeds(text: str | None) -> list[int] | None:

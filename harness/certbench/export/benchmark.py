@@ -100,8 +100,9 @@ def write_benchmark(
         UsageError: a norm without boxes, or a folder that may not be replaced.
         RunError: the folder cannot be written.
     """
-    if threat.norm != "linf":
+    if threat.norm != "linf" or threat.radius is None:
         raise UsageError(f"VNN-LIB export describes L-inf balls; this run's norm is {threat.norm}")
+    radius = threat.radius
     names = {index: f"vnnlib/image-{index:05d}.vnnlib" for index in indices}
 
     def files() -> Iterator[tuple[str, bytes]]:
@@ -109,7 +110,7 @@ def write_benchmark(
         for index, name in names.items():
             image = to_pixels(split.images[index], info.levels).cpu()
             own = [*notes, f"Image {index} of the test set of {info.name}, counted from 0."]
-            text = property_text(image, int(split.labels[index]), info.classes, threat.radius, own)
+            text = property_text(image, int(split.labels[index]), info.classes, radius, own)
             yield name, text.encode("ascii")
         lines = [f"onnx/network.onnx,{name},{timeout}\n" for name in names.values()]
         yield "instances.csv", "".join(lines).encode("ascii")

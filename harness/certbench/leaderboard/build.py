@@ -28,7 +28,7 @@ _MARKERS = {
     ".html": ("<!doctype html>\n<!-- certbench: derived from rows; do not edit -->\n",),
 }
 """How derived files begin, by their suffix; no other file is ever replaced or removed."""
-_RESERVED = ("index", "reproduction")
+_RESERVED = ("index", "reproduction", "tradeoff")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Networks by name. Each takes raw pixels in [0, 1]; the data set's normalisation is its first layer."""
 
-from certbench.models import cnn, residual, resnet, resnext, torchvision_networks
+from certbench.models import cnn, lenet, residual, resnet, resnext, torchvision_networks
 from certbench.models.registry import MODELS, Builder, build_network, register_model
 
 __all__ = [
@@ -8,6 +8,7 @@ __all__ = [
     "Builder",
     "build_network",
     "cnn",
+    "lenet",
     "register_model",
     "residual",
     "resnet",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
@@ -43,3 +44,19 @@ def plain_kernels() -> Iterator[None]:
         for name, value in before.items():
             setattr(matmul, name, value)
         torch.set_float32_matmul_precision(precision)
+
+
+@contextmanager
+def one_thread_each(device: torch.device) -> Iterator[ThreadPoolExecutor]:
+    """Workers that run one chunk each on a single thread: the number of threads per operation would change bits.
+
+    As many as there are threads on a CPU, one in front of a GPU.
+    """
+    cores = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(
+            cores if device.type == "cpu" else 1, initializer=torch.set_num_threads, initargs=(1,)
+        ) as workers:
+            yield workers
+    finally:
+        torch.set_num_threads(cores)

@@ -9,6 +9,7 @@ from certbench.training.fit import Objective, Step, fit
 from certbench.training.initialization import ibp_initialization
 from certbench.training.interval import NATURAL_EPS, Batch, IntervalObjective
 from certbench.training.losses import robust_cross_entropies, robust_cross_entropy
+from certbench.training.noise import gaussian_noise
 from certbench.training.regularizers import relu_balance, tightness
 from certbench.training.schedules import LinearRamp, SmoothedRamp
 
@@ -21,6 +22,7 @@ __all__ = [
     "SmoothedRamp",
     "Step",
     "fit",
+    "gaussian_noise",
     "ibp_initialization",
     "projected_gradient",
     "relu_balance",
