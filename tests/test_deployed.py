@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from certbench.bounds import PRECISIONS, certifiers, input_box, sound_margins, trace
-from certbench.bounds.certifiers import Certifier, find_certifier
+from certbench.bounds.certifiers import find_certifier
 from certbench.contract import Certificates, CertifyTask
 from certbench.data.dataset import Split
 from certbench.errors import RunError, UsageError
