@@ -1,78 +1,142 @@
-"""One Fast IBP step (clean pass, bounds, margins, backward) against a plain functional one.
+"""Seconds an epoch of training by each method, relative to standard training.
 
-``python benchmarks/training.py``. The plain version is the shortest there is: three convolutions per layer, batch
-norm by clean statistics, no graph. Both are interleaved in one process on images of MNIST's size and the small network.
+``python benchmarks/training.py [--data DIR] [--dataset mnist] [--model cnn-small] [--rounds 120] [--device cpu]``. Every
+method trains a network of its own from the first step on; in each round each takes one step, so that load on the machine
+falls on all alike. The first half of the rounds is the ramp of the radius, regularisers included, the rest runs at the
+full radius. Methods that share a step but not its inputs (radii found, attacks) are thus seen as they are in training.
 """
 
+import argparse
 import statistics
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
-from certbench.bounds import input_box, trace
-from certbench.data.catalog import DATASETS
+from certbench.contract import TrainTask
+from certbench.data.batches import Batches
+from certbench.data.dataset import Dataset
+from certbench.data.files import load_dataset
 from certbench.models import build_network
-from certbench.training import robust_cross_entropy
+from certbench.plugins import installed
+from certbench.recipe import parse_recipe
+from certbench.training import Step
+from certbench.training.fit import build_optimizer
+from certbench_adaptive_radii.objective import AdaptiveRadii
+from certbench_fast_ibp.objective import FastIBP
+from certbench_ibp_baselines.attacks import MTLIBP, SABR
+from certbench_ibp_baselines.bounds import IBP, CrownIBP
+from certbench_ibp_baselines.plain import Standard
 
-BATCH, EPS, ROUNDS, IMAGES = 256, 0.1, 40, 60_000
+RADII = {"digits": "0.1", "mnist": "0.1", "cifar10": "2/255"}
+OBJECTIVES: dict[str, tuple[str, Any, dict[str, Any]]] = {
+    "standard": ("standard", lambda task: Standard(), {}),
+    "ibp": ("ibp", IBP, {}),
+    "fast-ibp": ("fast-ibp", FastIBP, {}),
+    "crown-ibp": ("crown-ibp", CrownIBP, {}),
+    "sabr": ("sabr", SABR, {}),
+    "mtl-ibp": ("mtl-ibp", MTLIBP, {}),
+    "adaptive-radii": ("adaptive-radii", AdaptiveRadii, {"ramp_start": 1, "regularizer_weight": 0.0}),
+    "adaptive-radii, regularised": ("adaptive-radii", AdaptiveRadii, {"ramp_start": 1}),
+}
+"""Line of the table -> method, objective, settings besides the ramp."""
 
 
-def plain_step(network: torch.nn.Sequential, x: Tensor, y: Tensor) -> Tensor:
-    """The same loss, written out for this one network."""
-    h, lower, upper = x, (x - EPS).clamp_min(0), (x + EPS).clamp_max(1)
-    c, r = (lower + upper) / 2, (upper - lower) / 2
-    for affine, norm in ((0, 1), (3, 4), (7, 8)):
-        layer, bn = network[affine], network[norm]
-        if isinstance(layer, torch.nn.Linear):
-            h, c, r = (t.flatten(1) for t in (h, c, r))
-            h, c = F.linear(h, layer.weight, layer.bias), F.linear(c, layer.weight, layer.bias)
-            r = F.linear(r, layer.weight.abs())
-        else:
-            h, c = (F.conv2d(t, layer.weight, layer.bias, 2, 1) for t in (h, c))
-            r = F.conv2d(r, layer.weight.abs(), None, 2, 1)
-        var, mean = torch.var_mean(h, [d for d in range(h.ndim) if d != 1], correction=0)
-        scale = bn.weight * torch.rsqrt(var + bn.eps)
-        shape = (1, -1, *[1] * (h.ndim - 2))
-        scale, shift = scale.view(shape), (bn.bias - mean * scale).view(shape)
-        h, c, r = torch.addcmul(shift, h, scale), torch.addcmul(shift, c, scale), r * scale.abs()
-        h, lower, upper = h.relu(), (c - r).relu(), (c + r).relu()
-        c, r = (lower + upper) / 2, (upper - lower) / 2
-    eye = torch.eye(10)
-    C = (eye[y][:, None] - eye)[~F.one_hot(y, 10).bool()].view(len(y), 9, 10)
-    W = C @ network[10].weight
-    margins = (W @ c[..., None] - W.abs() @ r[..., None]).squeeze(-1) + C @ network[10].bias
-    return robust_cross_entropy(margins)
+@dataclass
+class Contestant:
+    """A method with its network, and the seconds of its steps."""
+
+    objective: Any
+    network: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    seconds: list[float]
+
+    def step(self, images: torch.Tensor, labels: torch.Tensor, step: Step) -> None:
+        began = time.perf_counter()
+        loss, _ = self.objective.loss(images, labels, step)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 10.0)
+        self.optimizer.step()
+        if images.is_cuda:
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - began)
+
+
+def contestant(name: str, dataset: Dataset, arguments: argparse.Namespace) -> Contestant:
+    method, objective, settings = OBJECTIVES[name]
+    radius = RADII[arguments.dataset]
+    ramp = {"ramp_epochs": 1, "ramp": "linear"} if method != "standard" else {}
+    table = {
+        "dataset": arguments.dataset,
+        "model": arguments.model,
+        "threat": {"radius": radius},
+        "method": {"name": method, **ramp, **settings},
+        "train": {"epochs": 2, "batch_size": arguments.batch, "learning_rate": 5e-3},
+    }
+    recipe = installed().resolve(parse_recipe(table, name))
+    device = torch.device(arguments.device)
+    network = build_network(arguments.model, dataset.info, 0).to(device).train()
+    task = TrainTask(
+        recipe=recipe,
+        settings=installed().settings(recipe),
+        dataset=dataset,
+        device=device,
+        folder=Path("unused"),
+        build_network=lambda: network,
+    )
+    made = objective(task)
+    made.prepare(network, arguments.rounds // 2)
+    return Contestant(made, network, build_optimizer(network, recipe.train), [])
 
 
 def main() -> None:
-    network = build_network("cnn-small", DATASETS["mnist"], 0).train()
-    assert isinstance(network, torch.nn.Sequential)
-    graph = trace(network, (1, 28, 28))
-    x, y = torch.rand(BATCH, 1, 28, 28), torch.randint(0, 10, (BATCH,))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=None)
+    parser.add_argument("--dataset", default="mnist", choices=RADII)
+    parser.add_argument("--model", default="cnn-small")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=120)
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+    dataset = load_dataset(arguments.dataset, arguments.data)
+    contestants = {name: contestant(name, dataset, arguments) for name in OBJECTIVES}
+    batches = Batches(dataset.train, dataset.info, arguments.batch, 0, True, arguments.device)
+    half, epoch, stream = arguments.rounds // 2, 0, iter(())
+    for number in range(arguments.rounds):
+        drawn = next(stream, None)
+        if drawn is None:
+            epoch += 1
+            stream = iter(batches.epoch(epoch))
+            drawn = next(stream)
+        for one in contestants.values():
+            one.step(*drawn, Step(number, number // half + 1, half))
+    report(contestants, half, len(batches), arguments)
 
-    def engine() -> Tensor:
-        clean = graph.run(x)
-        return robust_cross_entropy(graph.bound(input_box(x, EPS), clean.statistics).margins(y))
 
-    versions: dict[str, Callable[[], Tensor]] = {"plain": lambda: plain_step(network, x, y), "engine": engine}
-    assert torch.allclose(versions["plain"](), versions["engine"](), rtol=1e-4)
-    seconds: dict[str, list[float]] = {name: [] for name in versions}
-    for _ in range(ROUNDS):
-        for name, step in versions.items():
-            began = time.perf_counter()
-            step().backward()
-            seconds[name].append(time.perf_counter() - began)
-    median = {name: statistics.median(values) for name, values in seconds.items()}
+def report(
+    contestants: dict[str, Contestant], half: int, batches: int, arguments: argparse.Namespace
+) -> None:
+    """Medians of the steps of each phase; the first two of a phase are left out."""
+    median = {
+        name: [statistics.median(c.seconds[2:half]), statistics.median(c.seconds[half + 2 :])]
+        for name, c in contestants.items()
+    }
     print(
-        f"{torch.get_num_threads()} threads, batch {BATCH}\n\n| version | ms a step | s per {IMAGES} images | of plain |"
+        f"{arguments.model}, {arguments.dataset}, batch {arguments.batch}, {arguments.device}, "
+        f"{torch.get_num_threads()} threads, {arguments.rounds} rounds\n"
     )
-    print("|---|---|---|---|")
-    for name, value in median.items():
+    print(
+        "| method | ms a step, ramp | full radius | s an epoch, full | of standard | of ibp, ramp | of ibp, full |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    standard, ibp = median["standard"], median["ibp"]
+    for name, (ramp, full) in median.items():
         print(
-            f"| {name} | {1e3 * value:.1f} | {value * IMAGES / BATCH:.1f} | {value / median['plain']:.2f} |"
+            f"| {name} | {1e3 * ramp:.1f} | {1e3 * full:.1f} | {batches * full:.1f} | {full / standard[1]:.2f} | "
+            f"{ramp / ibp[0]:.2f} | {full / ibp[1]:.2f} |"
         )
 
 

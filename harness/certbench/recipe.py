@@ -358,7 +358,9 @@ def parse_recipe(
     changes = list(overrides)
     for change in changes:
         _apply_override(table, change)
-    shown = " ".join([name, *(f"+{change}" for change in changes)])  # a changed recipe says so in its name
+    shown = " ".join([name, *(f"+{change}" for change in changes)])  # a changed recipe says so in its name,
+    if changes:
+        table.pop("reference", None)  # and the published figures are not about it
     return validate({**table, "name": shown}, where or name)
 
 

@@ -185,8 +185,8 @@ def tradeoffs(boards: Iterable[Board], store: ResultStore) -> list[Tradeoff]:
     for board in boards:
         for row in board.rows:
             if row.complete and row.acr is not None and row.cap and row.guarantee != "statistical":
-                key = board.protocol, board.dataset, board.norm, row.model, row.cap, row.certifier
-                groups[(*key, row.guarantee, row.deploy)].append(row)
+                common = board.protocol, board.dataset, board.norm, row.model, row.cap, row.certifier
+                groups[(*common, row.guarantee, row.deploy)].append(row)
     found = []
     for key, rows in sorted(groups.items(), key=lambda item: tuple(map(str, item[0]))):
         methods = [row.method for row in rows]

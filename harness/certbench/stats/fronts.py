@@ -22,7 +22,7 @@ def nondominated(points: Floats) -> NDArray[np.bool_]:
     """True where no other point is at least as good in both and better in one; equal points stand together."""
     at_least = np.all(points[None] >= points[:, None], axis=2)
     better = np.any(points[None] > points[:, None], axis=2)
-    return ~np.any(at_least & better, axis=1)
+    return np.asarray(~np.any(at_least & better, axis=1))
 
 
 def hypervolume(points: Floats, reference: tuple[float, float]) -> float:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 @hookimpl
 def register_methods() -> list[MethodCard]:
+    folder = files("certbench_fast_ibp")
     return [
         MethodCard(
             name="fast-ibp",
@@ -26,7 +27,9 @@ def register_methods() -> list[MethodCard]:
             norm="linf",
             guarantee="float_sound",
             settings=FastIBPSettings,
-            recipes=files("certbench_fast_ibp") / "recipes",
+            recipes=folder / "recipes",
+            suites=folder / "suites",
+            published=folder / "published",
             certifier="ibp",
             limits="Trained for interval bounds: other certifiers gain little on its networks.",
         )

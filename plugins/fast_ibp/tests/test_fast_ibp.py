@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,13 @@ from torch import Tensor, nn
 
 from certbench.bounds import RELU, input_box, trace
 from certbench.contract import TrainTask
+from certbench.data.catalog import DATASETS
 from certbench.data.dataset import Dataset, to_pixels
 from certbench.data.files import load_dataset
 from certbench.errors import UsageError
-from certbench.models import build_network
+from certbench.models import MODELS, build_network
 from certbench.plugins import installed
+from certbench.suites import suites
 from certbench.training import NATURAL_EPS, SmoothedRamp, Step, relu_balance, robust_cross_entropy, tightness
 from certbench_fast_ibp.objective import FastIBP
 from certbench_fast_ibp.settings import FastIBPSettings
@@ -100,3 +103,89 @@ def test_published_recipes_carry_the_papers_figures() -> None:
     assert (recipe.reference.clean_error, recipe.reference.certified_error) == (51.72, 65.58)
     assert (recipe.train.epochs, recipe.train.milestones, recipe.train.batch_size) == (160, (120, 140), 128)
     assert recipe.method.settings["ramp_epochs"] == 80
+
+
+@pytest.mark.parametrize(
+    ("model", "dataset", "count"),
+    [
+        ("cnn7", "cifar10", 17_192_650),
+        ("cnn7", "mnist", 13_259_338),
+        ("cnn7", "tinyimagenet", 17_290_120),
+        ("wide-resnet-8", "cifar10", 21_547_882),
+        ("wide-resnet-8", "mnist", 17_615_434),
+        ("wide-resnet-8", "tinyimagenet", 91_424_776),
+        ("resnext-2x32", "cifar10", 17_611_018),
+        ("resnext-2x32", "mnist", 13_677_706),
+        ("resnext-2x32", "tinyimagenet", 16_981_960),
+    ],
+)
+def test_networks_have_the_published_numbers_of_parameters(model: str, dataset: str, count: int) -> None:
+    info = DATASETS["mnist" if dataset == "mnist" else "cifar10"]
+    if dataset == "tinyimagenet":
+        info = replace(info, shape=(3, 64, 64), classes=200)
+    with torch.device("meta"):
+        network = MODELS[model](info)
+    assert sum(p.numel() for p in network.parameters()) == count
+
+
+@pytest.mark.parametrize(
+    ("keep", "kinds"),
+    [("everywhere", {1, 2}), ("convolutions", {2}), ("none", set())],
+)
+def test_batch_norms_are_switched_off_by_kind(
+    digits: Dataset, tmp_path: Path, keep: str, kinds: set[int]
+) -> None:
+    objective, network = prepared(digits, tmp_path, batch_norm=keep)
+    found = {
+        1 if isinstance(m, nn.BatchNorm1d) else 2 for m in network.modules() if "BatchNorm" in repr(type(m))
+    }
+    assert found == kinds
+    images, labels = to_pixels(digits.train.images[:32], 16), digits.train.labels[:32]
+    loss, _ = objective.loss(images, labels, Step(12, 2, BATCHES))
+    assert loss.isfinite()
+
+
+def test_each_regularizer_has_its_switch_and_default_weights_stay(digits: Dataset, tmp_path: Path) -> None:
+    images, labels = to_pixels(digits.train.images[:32], 16), digits.train.labels[:32]
+
+    def loss(**settings: object) -> Tensor:
+        objective, _ = prepared(digits, tmp_path, **settings)
+        return objective.loss(images, labels, Step(12, 2, BATCHES))[0]
+
+    both, tight, balance = loss(), loss(relu_balance=False), loss(tightness=False)
+    none = loss(tightness=False, relu_balance=False)
+    torch.testing.assert_close(tight + balance, both + none)
+    assert none < tight and none <= balance
+    _, network = prepared(digits, tmp_path, initialization="default")
+    fresh = build_network("cnn-small", digits.info, 0)
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), fresh.parameters(), strict=True))
+
+
+def test_a_training_radius_above_the_cap_is_refused(digits: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="train_radius = 0.3 lies above certify.cap = 0.2"):
+        prepared(digits, tmp_path, train_radius="0.3")
+
+
+def test_regularizers_need_relus(digits: Dataset, tmp_path: Path) -> None:
+    objective, _ = prepared(digits, tmp_path)
+    smooth = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
+    with pytest.raises(UsageError, match="look at ReLUs, and model 'cnn-small' has none"):
+        objective.prepare(smooth, BATCHES)
+    objective.settings = objective.settings.model_copy(update={"regularizer_weight": 0.0})
+    objective.prepare(smooth, BATCHES)
+
+
+def test_a_single_image_cannot_train_a_batch_norm(digits: Dataset, tmp_path: Path) -> None:
+    objective, _ = prepared(digits, tmp_path)
+    images, labels = to_pixels(digits.train.images[:1], 16), digits.train.labels[:1]
+    with pytest.raises(UsageError, match="more than one value per channel"):
+        objective.loss(images, labels, Step(12, 2, BATCHES))
+    with pytest.raises(UsageError, match="train.batch_size = 1"):
+        installed().find_recipe("fast-ibp/digits-linf-0.1", ["train.batch_size=1"])
+
+
+def test_table_4_is_a_suite_of_eight_rows() -> None:
+    suite = suites(installed())["fast-ibp/table-4-70ep"]
+    assert len(suite.members) == 8
+    assert suite.members[-1].overrides == (), "the method itself"
+    assert len({member.name for member in suite.members}) == 8

@@ -39,6 +39,7 @@ def card(
         settings=settings,
         recipes=folder / "recipes" / name,
         suites=folder / "suites" / name,
+        published=folder / "published",
         baseline=True,
         certifier=certifier,
         limits=limits,
