@@ -21,7 +21,8 @@ GIVE_UP = 0.01
 """Level at which a radius counts as out of reach. Giving up early costs accuracy, never soundness."""
 
 REASONS = ("", "fixed", "decided", "tolerance", "budget")
-"""Why draws stopped: not yet; all were taken; every radius decided; radius within tolerance; as many as allowed."""
+"""Why draws ended: not yet; all were taken; every radius is decided; the radius is within tolerance; the draws that are
+allowed cannot decide more."""
 OPEN, FIXED, DECIDED, TOLERANCE, BUDGET = range(len(REASONS))
 
 
@@ -32,8 +33,8 @@ class Standing:
     ``candidate``: the class under test, -1 before it is selected. ``counts`` (images, classes + 1): estimation draws by
     class. ``lower``: the largest lower bound on the candidate's probability so far; ``best_k``, ``best_n``: the counts
     that prove it. ``reached``: the place of the
-    largest radius of the list that is certified, -1 for none; ``given_up``: that of the smallest one that is not
-    waited for. ``reason``: a place in :data:`REASONS`.
+    largest radius of the list that is certified, -1 for none; ``refuted``: that of the smallest one that the draws
+    speak against; ``given_up``: the same, or one that the draws left cannot reach. ``reason``: a place in :data:`REASONS`.
     """
 
     candidate: Ints
@@ -42,6 +43,7 @@ class Standing:
     best_k: Ints
     best_n: Ints
     reached: Ints
+    refuted: Ints
     given_up: Ints
     reason: Ints
 
@@ -51,7 +53,17 @@ class Standing:
             return np.full(images, value, dtype=np.int64)
 
         counts = np.zeros((images, classes + 1), dtype=np.int64)
-        return cls(full(-1), counts, np.zeros(images), full(0), full(0), full(-1), full(radii), full(OPEN))
+        return cls(
+            full(-1),
+            counts,
+            np.zeros(images),
+            full(0),
+            full(0),
+            full(-1),
+            full(radii),
+            full(radii),
+            full(OPEN),
+        )
 
     @property
     def n(self) -> Ints:
@@ -160,7 +172,10 @@ class Sequential:
         return reason
 
     def _decide_radii(self, standing: Standing, rows: Ints) -> Ints:
-        """Look at the radii that are still open; an image is decided where none is left."""
+        """Look at the radii that are still open; draws end where none is left.
+
+        An image is decided where its smallest uncertified radius is refuted, not where draws for it are too few.
+        """
         places = np.arange(len(self._p0))
         is_open = (places > standing.reached[rows, None]) & (places < standing.given_up[rows, None])
         row, place = is_open.nonzero()
@@ -179,4 +194,6 @@ class Sequential:
         standing.prove(
             proved[better], standing.hits(proved[better]), standing.n[proved[better]], lower[better]
         )
-        return np.where(standing.given_up[rows] <= standing.reached[rows] + 1, DECIDED, OPEN)
+        reached = standing.reached[rows] + 1
+        ended = np.where(standing.given_up[rows] <= reached, BUDGET, OPEN)
+        return np.where(standing.refuted[rows] <= reached, DECIDED, ended)

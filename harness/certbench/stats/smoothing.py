@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import special, stats
 
 from certbench.stats.binomial import lower_bound, upper_bound
-from certbench.stats.evalue import anytime_lower_bound
+from certbench.stats.evalue import anytime_lower_bound, log_e_above
 
 Floats = NDArray[np.float64]
 
@@ -70,6 +70,22 @@ RADII: dict[str, Callable[[ArrayLike, ArrayLike, float, float], Floats]] = {
     "smoothing-sequential-label": anytime_radius,
 }
 """How each certifier's radius follows from (k, n, alpha, sigma), so that anyone can compute it again."""
+
+
+def proves_fixed(
+    k: ArrayLike, n: ArrayLike, alpha: float, sigma: float, radius: ArrayLike
+) -> NDArray[np.bool_]:
+    """Whether k hits in n draws refute every pA that is too small for ``radius``: the bound's own definition."""
+    p = special.ndtr(np.asarray(radius, dtype=np.float64) / sigma)
+    return np.asarray(stats.binom.sf(np.asarray(k) - 1, n, p) <= alpha)
+
+
+def proves_anytime(
+    k: ArrayLike, n: ArrayLike, alpha: float, sigma: float, radius: ArrayLike
+) -> NDArray[np.bool_]:
+    """The same where n was chosen by a rule that saw the draws."""
+    p = special.ndtr(np.asarray(radius, dtype=np.float64) / sigma)
+    return np.asarray(log_e_above(k, n, p) >= -np.log(alpha))
 
 
 def predicted_class(counts: ArrayLike, alpha: float) -> NDArray[np.int64]:
