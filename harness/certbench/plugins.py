@@ -175,7 +175,8 @@ class Plugins:
         certifier = recipe.certify.certifier or self.owner(recipe.method.name).card.certifier
         content["certify"]["certifier"] = certifier
         if recipe.certify.guarantee is None:
-            content["certify"]["guarantee"] = "float_sound" if certifier in SOUND_CERTIFIERS else "real_arith"
+            sound = certifier in SOUND_CERTIFIERS or recipe.certify.deploy != "float32"
+            content["certify"]["guarantee"] = "float_sound" if sound else "real_arith"
         return Recipe.model_validate(content)
 
     def settings(self, recipe: Recipe, where: str | None = None) -> Any:
