@@ -519,7 +519,8 @@ def test_a_flip_with_smooth_activations_is_refuted_too() -> None:
         nn.Flatten(), nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)
     )
     with torch.no_grad():
-        network[1].weight.mul_(10), network[3].weight.mul_(10)
+        for layer in (network[1], network[3]):
+            layer.weight.mul_(10)
     images = torch.randint(0, 256, (10, 1, 2, 2), dtype=torch.uint8)
     labels = network.eval()(to_pixels(images, 255)).argmax(1)
     found = audit(task(network, Split(images, labels), radius=np.ones(10), recipe_radius=Fraction(1)))

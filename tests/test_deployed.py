@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from certbench.bounds import PRECISIONS, certifiers, input_box, sound_margins, trace
+from certbench.bounds import (
+    PRECISIONS,
+    certifiers,
+    crown_ibp_margins,
+    crown_margins,
+    input_box,
+    sound_input_box,
+    sound_margins,
+    trace,
+)
 from certbench.bounds.certifiers import find_certifier
-from certbench.contract import Certificates, CertifyTask
+from certbench.contract import Certificates, Certifier, CertifyTask
 from certbench.data.dataset import Split
 from certbench.errors import RunError, UsageError
 from certbench.models.fold import deployed_network
@@ -195,6 +206,34 @@ def test_a_reported_radius_was_itself_proved() -> None:
     assert (radius > 0).sum() > 5
     above = sound_margins(graph, images, radius + 1e-5, asked.split.labels, PRECISIONS["float32"]).amin(1)
     assert (above[(radius > 0) & (radius < 0.19)] <= 0).all()
+
+
+def test_a_cascade_of_linear_bounds_is_float_sound_when_asked() -> None:
+    """Real arithmetic allows larger radii, and every reported one was itself proved for the deployment."""
+    network = shaken(residual_network()).eval()
+    asked = task(network, count=8)
+    names, found = ("ibp", "ibp>crown-ibp>crown"), {}
+    for name, deploy in product(names, ("float32", "tf32")):
+        (found[name, deploy],) = find_certifier(name, "float_sound", deploy).certify(asked)
+    (real,) = find_certifier(names[1]).certify(asked)
+    graph = trace(deployed_network(network).double(), (2, 8, 8))
+    images = (asked.split.images.float() / 255).double()
+    for deploy in ("float32", "tf32"):
+        alone, cascade = found[names[0], deploy], found[names[1], deploy]
+        assert (cascade.guarantee, cascade.deploy) == ("float_sound", deploy)
+        assert (cascade.radius >= alone.radius).all() and cascade.radius.sum() > 1.1 * alone.radius.sum()
+        assert (cascade.radius <= real.radius + 2.0**-10 * 0.2).all()
+        box = sound_input_box(images, torch.tensor(cascade.radius))
+        bounds = [crown_ibp_margins, crown_margins]
+        proved = [
+            bound(graph, box, asked.split.labels, precision=PRECISIONS[deploy]).amin(1) > 0
+            for bound in bounds
+        ]
+        by = [name.split("radius ")[-1] for name in cascade.proved_by]
+        assert set(by) & {"crown-ibp", "crown"}
+        for i, name in enumerate(by):
+            assert name in ("", "ibp") or proved[["crown-ibp", "crown"].index(name)][i]
+    assert found[names[1], "tf32"].radius.sum() < found[names[1], "float32"].radius.sum()
 
 
 def test_overflow_gives_unknown_and_not_error() -> None:

@@ -82,6 +82,7 @@ def test_radii_are_shown_as_people_write_them(radius: str, shown: str) -> None:
         ({"certify": {"cap": "1/255"}}, ["lies below threat.radius"]),
         ({"threat": {"norm": "l0", "radius": "0.1"}}, ["threat.norm", '"l0"']),
         ({"seed": -1}, ["seed = -1"]),
+        ({"certify": {"certifier": ""}}, ["certify.certifier", '""']),
     ],
 )
 def test_errors_name_key_value_and_nearest_known_key(changes: dict[str, object], words: list[str]) -> None:
@@ -98,6 +99,17 @@ def test_broken_toml_and_missing_file_are_explained(tmp_path: Path) -> None:
         load_recipe(broken)
     with pytest.raises(UsageError, match="cannot read recipe"):
         load_recipe(tmp_path / "absent.toml")
+
+
+@pytest.mark.parametrize("text", ["x = " + "[" * 5000, "[" + "a." * 5000 + "a]", "a." * 5000 + "a = 1"])
+def test_tables_nested_without_end_are_one_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "deep.toml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match="deep.toml is (nested too deeply|not valid TOML)") as caught:
+        load_recipe(path)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UsageError, match="nested too deeply|key=value"):
+        parse_recipe(TABLE, "t", ["method.x=" + "[" * 5000])
 
 
 def test_overrides_reach_nested_keys_and_refuse_nonsense() -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from certbench import run
+from certbench.audit.certificates import Audit, AuditTask, audit
 from certbench.cli import main
 from certbench.errors import RunError, UsageError
 from certbench.plugins import installed
@@ -48,6 +51,30 @@ def test_other_settings_add_rows_and_train_nothing(finished: tuple[Path, RunOutc
     assert len(ResultStore(out / "results").paths("certificates")) == 3, (
         "another radius is shown, not recorded"
     )
+
+
+def test_evaluations_are_certified_and_attacked_with_plain_kernels_alone(
+    finished: tuple[Path, RunOutcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a deployment that is asked for makes the bounds float-sound, whatever the certifier."""
+    out, outcome = finished
+    seen = []
+
+    def switches(task: AuditTask) -> Audit:
+        seen.append((torch.backends.cudnn.enabled, torch.get_float32_matmul_precision()))
+        return audit(task)
+
+    monkeypatch.setattr(run, "audit", switches)
+    before = torch.backends.cudnn.enabled
+    found = certify_again(outcome.run_id, {"deploy": "tf32"}, out=out, device="cpu")
+    assert seen == [(False, "highest")] and torch.backends.cudnn.enabled is before
+    assert (found.recipe.certify.guarantee, found.recipe.certify.deploy) == ("float_sound", "tf32")
+    audits = ResultStore(out / "results").read("audits").to_pandas()
+    assert "not_attacked" not in set(audits["outcome"])
+    resolved = installed().find_recipe(
+        "fast-ibp/digits-linf-0.1", ["certify.certifier=crown", "certify.deploy=bf16"]
+    )
+    assert resolved.certify.guarantee == "float_sound"
 
 
 def test_a_run_that_is_not_there_or_not_finished_is_refused(finished: tuple[Path, RunOutcome]) -> None:

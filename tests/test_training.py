@@ -126,7 +126,9 @@ def test_nan_stops_the_run_and_names_step_and_last_good_checkpoint(digits: Datas
         fit(task(digits, tmp_path / "new"), CrossEntropy(bad_batch=0))
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "no tensors", "bad sidecar", "foreign sidecar"])
+@pytest.mark.parametrize(
+    "damage", ["cut", "flip", "no tensors", "bad sidecar", "foreign sidecar", "other epoch", "no history"]
+)
 def test_a_damaged_checkpoint_is_named_and_nothing_is_trained_over_it(
     digits: Dataset, tmp_path: Path, damage: str
 ) -> None:
@@ -141,6 +143,9 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_trained_over_it(
         path.unlink()
     elif damage == "bad sidecar":
         sidecar.write_text('{"format": 1')
+    elif damage in ("other epoch", "no history"):
+        wrong = {"epoch": 2} if damage == "other epoch" else {"history": []}
+        sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | wrong))
     else:
         sidecar.write_text(json.dumps({"format": 99, "epoch": 1}))
     with pytest.raises(RunError, match=r"epoch-0001.*delete epoch-0001") as caught:

@@ -177,7 +177,8 @@ class Plugins:
         if recipe.threat.norm == "l2":
             content["certify"]["smoothing"] = recipe.smoothing.model_dump(mode="json")
         elif recipe.certify.guarantee is None:
-            content["certify"]["guarantee"] = "float_sound" if certifier in SOUND_CERTIFIERS else "real_arith"
+            sound = certifier in SOUND_CERTIFIERS or recipe.certify.deploy != "float32"
+            content["certify"]["guarantee"] = "float_sound" if sound else "real_arith"
         return Recipe.model_validate(content)
 
     def settings(self, recipe: Recipe, where: str | None = None) -> Any:

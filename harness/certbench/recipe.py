@@ -56,7 +56,7 @@ CORE_NUMERICS = 1
 """Raised when a change of the core moves numbers; part of every run id."""
 
 SOUND_CERTIFIERS = ("ibp",)
-"""Certifiers whose bounds can cover the round-off of the deployed network."""
+"""Certifiers that cover the round-off of the deployed network unless told otherwise; the others do when told to."""
 
 RADIUS_TOLERANCE = {"ibp": 2.0**-20, "crown-ibp": 2.0**-10, "crown": 2.0**-10, "alpha-crown": 2.0**-10}
 """How far below the largest provable radius a certifier's radius may lie, as a share of the cap."""
@@ -192,11 +192,11 @@ class Smoothing(Strict):
 class Certify(Strict):
     """How certificates are made; ``cap`` bounds the per-image radius search and defaults to the threat's radius."""
 
-    certifier: str | None = None
+    certifier: str | None = Field(default=None, min_length=1)
     cap: Radius | None = None
     guarantee: Literal["float_sound", "real_arith"] | None = None
     """Whether bounds cover the round-off of the deployed network, or speak of real arithmetic; by default the former
-    where the certifier can (``SOUND_CERTIFIERS``)."""
+    for ``SOUND_CERTIFIERS``, and where a deployment is named."""
     deploy: Literal["float32", "float64", "tf32", "bf16", "fp16"] = "float32"
     """The arithmetic that a float-sound certificate covers, or in which a smoothed network is run."""
     smoothing: Smoothing | None = None
@@ -347,6 +347,8 @@ def load_recipe(path: Path, name: str | None = None, overrides: Iterable[str] = 
         raise UsageError(f"cannot read recipe {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not valid TOML: {error}") from None
+    except RecursionError:
+        raise UsageError(_too_deep(str(path))) from None
     return parse_recipe(content, name or path.stem, overrides, where=str(path))
 
 
@@ -354,7 +356,10 @@ def parse_recipe(
     content: Mapping[str, Any], name: str, overrides: Iterable[str] = (), where: str | None = None
 ) -> Recipe:
     """The recipe in an already parsed table; see :func:`load_recipe`."""
-    table: dict[str, Any] = json.loads(json.dumps(content, default=str))
+    try:
+        table: dict[str, Any] = json.loads(json.dumps(content, default=str))
+    except RecursionError:
+        raise UsageError(_too_deep(where or name)) from None
     changes = list(overrides)
     for change in changes:
         _apply_override(table, change)
@@ -362,6 +367,10 @@ def parse_recipe(
     if changes:
         table.pop("reference", None)  # and the published figures are not about it
     return validate({**table, "name": shown}, where or name)
+
+
+def _too_deep(where: str) -> str:
+    return f"{where} is nested too deeply for a recipe; tables need two levels, and a method's a few more"
 
 
 def validate(table: Mapping[str, Any], where: str) -> Recipe:
@@ -381,6 +390,8 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
+    except RecursionError:
+        raise UsageError(_too_deep(f"--set {keys[0]}")) from None
     if (
         keys[-1].endswith(("radius", "cap"))
         and isinstance(value, int | float)
