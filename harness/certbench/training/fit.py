@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from certbench.contract import TrainTask
-from certbench.data.batches import Batches
+from certbench.data.batches import Epochs, training_batches
 from certbench.errors import RunError
 from certbench.recipe import Train
 from certbench.training.checkpoint import load_latest, restore_optimizer, save_checkpoint
@@ -54,9 +54,7 @@ def fit(task: TrainTask, objective: Objective) -> nn.Module:
             damaged or cannot be written.
     """
     settings = task.recipe.train
-    batches = Batches(
-        task.dataset.train, task.dataset.info, settings.batch_size, task.seed, settings.augment, task.device
-    )
+    batches = training_batches(task.dataset, settings.batch_size, task.seed, settings.augment, task.device)
     network = task.build_network()
     objective.prepare(network, len(batches))
     optimizer = build_optimizer(network, settings)
@@ -80,7 +78,7 @@ class _Loop:
     objective: Objective
     network: nn.Module
     optimizer: torch.optim.Optimizer
-    batches: Batches
+    batches: Epochs
     history: list[dict[str, float]]
     checkpoint: Path | None
 
