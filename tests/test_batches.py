@@ -7,15 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from certbench.data.augment import draw, flip_and_crop
+from certbench.data.augment import Drawn, apply, draw
 from certbench.data.batches import Batches
 from certbench.data.catalog import DATASETS, DatasetInfo
 from certbench.data.dataset import Split, to_pixels
 from certbench.errors import UsageError
+from certbench.recipe import Augmentation
 from certbench.seeding import derive_seed
 
 CIFAR = DATASETS["cifar10"]
 MNIST = DATASETS["mnist"]
+CROP = CIFAR.augmentation
 
 
 def make_split(count: int, info: DatasetInfo = CIFAR) -> Split:
@@ -38,34 +40,35 @@ def naive(image: torch.Tensor, flip: bool, top: int, left: int, padding: int) ->
 def test_flip_and_crop_equals_a_loop_over_images(shape: tuple[int, int, int], padding: int) -> None:
     generator = torch.Generator().manual_seed(padding)
     images = torch.randint(0, 256, (64, *shape), dtype=torch.uint8, generator=generator)
-    flips, offsets = draw(64, padding, True, generator)
+    how = Augmentation(flip=True, crop_padding=padding)
+    drawn = draw(64, shape[1:], how, generator)
     expected = [
         naive(image, bool(flip), int(top), int(left), padding)
-        for image, flip, (top, left) in zip(images, flips, offsets, strict=True)
+        for image, flip, (top, left) in zip(images, drawn.flips, drawn.offsets, strict=True)
     ]
-    assert torch.equal(flip_and_crop(images, flips, offsets, padding), torch.stack(expected))
+    assert torch.equal(apply(images, drawn, how), torch.stack(expected))
 
 
 def test_middle_offset_without_flip_changes_nothing() -> None:
     images = make_split(7).images
-    still = torch.zeros(7, dtype=torch.bool), torch.full((7, 2), 2)
-    assert torch.equal(flip_and_crop(images, *still, 2), images)
+    still = Drawn(torch.zeros(7, dtype=torch.bool), torch.full((7, 2), 2))
+    assert torch.equal(apply(images, still, CROP), images)
 
 
 def test_flips_and_offsets_are_uniform_and_independent() -> None:
     count = 50_000
-    flips, offsets = draw(count, 2, True, torch.Generator().manual_seed(0))
-    cells = (flips.long() * 5 + offsets[:, 0]) * 5 + offsets[:, 1]
+    drawn = draw(count, (32, 32), CROP, torch.Generator().manual_seed(0))
+    cells = (drawn.flips.long() * 5 + drawn.offsets[:, 0]) * 5 + drawn.offsets[:, 1]
     observed = torch.bincount(cells, minlength=50).double()
     chi_square = ((observed - count / 50) ** 2 / (count / 50)).sum().item()
     assert chi_square < 94.0  # the 0.9999 quantile with 49 degrees of freedom
 
 
 def test_flip_setting_does_not_move_the_offsets() -> None:
-    flips, offsets = draw(100, 2, False, torch.Generator().manual_seed(3))
-    _, other = draw(100, 2, True, torch.Generator().manual_seed(3))
-    assert not flips.any()
-    assert torch.equal(offsets, other)
+    still = draw(100, (32, 32), Augmentation(crop_padding=2), torch.Generator().manual_seed(3))
+    other = draw(100, (32, 32), CROP, torch.Generator().manual_seed(3))
+    assert not still.flips.any()
+    assert torch.equal(still.offsets, other.offsets)
 
 
 @pytest.mark.parametrize(
@@ -125,10 +128,10 @@ def test_same_seed_and_epoch_give_the_same_batches_however_often_and_in_whatever
 def test_order_flips_and_offsets_come_from_the_documented_seeds() -> None:
     split = make_split(32)
     order = torch.randperm(32, generator=torch.Generator().manual_seed(derive_seed(7, "shuffle", 2)))
-    flips, offsets = draw(32, 2, True, torch.Generator().manual_seed(derive_seed(7, "augment", 2)))
+    drawn = draw(32, (32, 32), CROP, torch.Generator().manual_seed(derive_seed(7, "augment", 2)))
     pixels, labels = epoch_of(7, 2)
     assert torch.equal(labels, order)
-    augmented = flip_and_crop(split.images, flips, offsets, 2)  # drawn per image, in published order
+    augmented = apply(split.images, drawn, CROP)  # drawn per image, in published order
     assert torch.equal(pixels, to_pixels(augmented[order], 255))
 
 

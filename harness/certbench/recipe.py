@@ -108,6 +108,39 @@ class Threat(Strict):
         return self
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Augmentation(Strict):
+    """Random changes of training images, in this order: flip, erase, crop. Fills are raw pixels in [0, 1].
+
+    Erasing follows arXiv 1708.04896: a rectangle whose share of the image and whose height over width are drawn from
+    the two ranges, the latter's logarithm uniformly.
+    """
+
+    flip: bool = False
+    """Left to right, half of the images."""
+    crop_padding: int = Field(default=0, ge=0)
+    """Pixels added on each side before a crop back to the old size, at a uniform place."""
+    crop_fill: Literal["edge"] | Share = "edge"
+    """What they hold: the nearest pixel of the image, or one value."""
+    erase: Share = 0.0
+    """The share of images that lose a rectangle."""
+    erase_area: tuple[Share, Share] = (0.02, 0.33)
+    erase_aspect: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.3, 3.3)
+    erase_fill: Share = 0.0
+    resized_crop: tuple[Share, Share] | None = None
+    """Only where images are decoded while training (ImageNet): the range of the share of the photograph that is cut out,
+    with 3/4 to 4/3 of its height as width, and scaled to the network's size."""
+
+    @field_validator("erase_area", "erase_aspect", "resized_crop")
+    @classmethod
+    def _ranges_rise(cls, ends: tuple[float, float] | None) -> tuple[float, float] | None:
+        if ends is not None and ends[0] > ends[1]:
+            raise ValueError("a range is written from its lower to its upper end")
+        return ends
+
+
 class Train(Strict):
     """The training loop of :func:`certbench.training.fit`; a method with a loop of its own may ignore parts."""
 
@@ -122,8 +155,8 @@ class Train(Strict):
     decay: float = Field(default=0.2, gt=0, le=1)
     gradient_clip: float = Field(default=10.0, ge=0)
     """Largest 2-norm of the whole gradient; 0 leaves it as it is."""
-    augment: bool = True
-    """The data set's published augmentation (none for digits and MNIST)."""
+    augment: bool | Augmentation = True
+    """The data set's published augmentation (none for digits and MNIST), or none, or the one written here."""
     optimizer: Literal["adam", "sgd"] = "adam"
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """Of SGD, without Nesterov's correction."""

@@ -1,57 +1,15 @@
-"""What every data set is: shapes, normalisation, augmentation, terms, and the files it is made of.
-
-Imports no torch, so that commands that only list or look up data sets stay quick.
-"""
+"""The built-in data sets. Imports no torch, so that commands that only list or look up data sets stay quick."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
 
+from certbench.data.info import VALIDATION, DatasetInfo, FileInfo
+from certbench.data.names import CIFAR100_NAMES, TINYIMAGENET_NAMES
 from certbench.errors import UsageError, nearest
 
-
-@dataclass(frozen=True)
-class FileInfo:
-    """One file's *unpacked* content: name, size in bytes and SHA-256. A ``.gz`` of it is as good as the file."""
-
-    name: str
-    size: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class DatasetInfo:
-    """One data set.
-
-    ``shape`` is (channels, height, width); a pixel in [0, 1] is its stored integer divided by ``levels``. ``mean``
-    and ``std``, per channel and in raw pixel units, are the normalisation inside the network. Augmentation, in this
-    order: a random horizontal flip where ``flip``, then a random crop back to ``shape`` after repeating the edge
-    ``crop_padding`` pixels outwards on each side.
-
-    ``folders`` are the places under the data folder where the files may lie, the first being where ``fetch`` puts
-    them; ``by_hand`` says which published files to put there where there is no network. ``digest`` is the
-    :func:`certbench.data.dataset.dataset_digest` that the loaded data must have.
-    """
-
-    name: str
-    title: str
-    classes: int
-    shape: tuple[int, int, int]
-    levels: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    train_size: int
-    test_size: int
-    class_names: tuple[str, ...]
-    licence: str
-    citation: str
-    digest: str
-    crop_padding: int = 0
-    flip: bool = False
-    folders: tuple[str, ...] = ()
-    files: tuple[FileInfo, ...] = ()
-    by_hand: str = ""
-
+__all__ = ["DATASETS", "DatasetInfo", "FileInfo", "dataset_info"]
 
 _DIGIT_NAMES = tuple(str(digit) for digit in range(10))
 
@@ -70,6 +28,8 @@ _DIGITS = DatasetInfo(
     citation="E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning "
     "Repository, 1998",
     digest="7bf2eb84fd68a763b149e94dc5c7f98391e64974c7e9d7e4b99c3a292e942a0a",
+    reader="certbench.data.formats:read_digits",
+    validation_per_class=14,
 )
 
 _MNIST = DatasetInfo(
@@ -111,7 +71,34 @@ _MNIST = DatasetInfo(
         ),
     ),
     by_hand="the four IDX files (unpacked or .gz)",
+    reader="certbench.data.formats:read_idx",
+    fetcher="certbench.data.fetch:fetch_mnist",
+    validation_per_class=500,
 )
+
+_FASHION_MNIST = replace(
+    _MNIST,
+    name="fashion-mnist",
+    title="Fashion-MNIST",
+    class_names=(
+        *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+        *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+    ),
+    licence="MIT; copyright Zalando SE",
+    citation="H. Xiao, K. Rasul and R. Vollgraf, Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine "
+    "Learning Algorithms, arXiv 1708.07747, 2017",
+    digest="",
+    folders=("fashion-mnist", "FashionMNIST/raw"),
+    files=(
+        FileInfo("train-images-idx3-ubyte.gz", 26_421_880, md5="8d4fb7e6c68d591d4c3dfef9ec88bf0d"),
+        FileInfo("train-labels-idx1-ubyte.gz", 29_515, md5="25c81989df183df01b3e8a0aad5dffbe"),
+        FileInfo("t10k-images-idx3-ubyte.gz", 4_422_102, md5="bef4ecab320f06d8554ea6380940ec79"),
+        FileInfo("t10k-labels-idx1-ubyte.gz", 5_148, md5="bb300cfdad3c16e7a12a480ee83cd310"),
+    ),
+    by_hand="the four published .gz files",
+    fetcher="certbench.data.fetch:fetch_fashion_mnist",
+)
+"""Kept in a folder of its own, since its files have the names of MNIST's."""
 
 _CIFAR10 = DatasetInfo(
     name="cifar10",
@@ -156,18 +143,148 @@ _CIFAR10 = DatasetInfo(
         FileInfo("batches.meta", 158, "f962466ef690d46b226450fb9aadc74ba4bc64a76aa526b5827fe4bc5c7125cb"),
     ),
     by_hand="the unpacked folder cifar-10-batches-py",
+    reader="certbench.data.formats:read_cifar10",
+    fetcher="certbench.data.fetch:fetch_cifar10",
+    validation_per_class=500,
 )
 
-DATASETS: dict[str, DatasetInfo] = {info.name: info for info in (_DIGITS, _MNIST, _CIFAR10)}
+_CIFAR100 = replace(
+    _CIFAR10,
+    name="cifar100",
+    title="CIFAR-100, fine labels",
+    classes=100,
+    mean=(0.5071, 0.4865, 0.4409),
+    std=(0.2673, 0.2564, 0.2762),
+    class_names=CIFAR100_NAMES,
+    digest="",
+    folders=("cifar-100-python", "cifar100/cifar-100-python"),
+    files=(
+        FileInfo("train", 155_249_918, "735e79b04f092ca3d2e6d07f368c0a7d70d48c48d28865950cc24454cf45129b"),
+        FileInfo("test", 31_049_918, "4b67687d9933c4db8f0831104447f15b93774f4f464bd0516f0f0f2ac83b7864"),
+        FileInfo("meta", 1_473, "a5d4786345c961390f865e93b434dbd5c6904ce880667e0cb888c97d449f28b9"),
+    ),
+    by_hand="the unpacked folder cifar-100-python",
+    reader="certbench.data.formats:read_cifar100",
+    fetcher="certbench.data.fetch:fetch_cifar100",
+    validation_per_class=50,
+)
+
+_IMAGENET_TERMS = (
+    "ImageNet's: non-commercial research and education only; the images' copyright stays with their owners"
+)
+
+_TINYIMAGENET = DatasetInfo(
+    name="tinyimagenet",
+    title="TinyImageNet (200 classes, 64x64)",
+    classes=200,
+    shape=(3, 64, 64),
+    levels=255,
+    mean=(0.4802, 0.4481, 0.3975),
+    std=(0.2302, 0.2265, 0.2262),
+    train_size=100_000,
+    test_size=10_000,
+    class_names=tuple(TINYIMAGENET_NAMES[wnid] for wnid in sorted(TINYIMAGENET_NAMES)),
+    licence=_IMAGENET_TERMS,
+    citation="Y. Le and X. Yang, Tiny ImageNet Visual Recognition Challenge, course CS231N, Stanford, 2015",
+    digest="",
+    crop_padding=4,
+    flip=True,
+    folders=("tinyimagenet", ""),
+    files=(FileInfo("tiny-imagenet-200.zip", 248_100_043, md5="90528d7ca1a48142e341f4ef8d21d0de"),),
+    by_hand="tiny-imagenet-200.zip",
+    reader="certbench.data.tinyimagenet:read",
+    fetcher="certbench.data.fetch:fetch_tinyimagenet",
+    unpacked=("tiny-imagenet-200", "tinyimagenet/tiny-imagenet-200"),
+    validation_per_class=50,
+)
+"""The test set is the published validation set, as in the papers: the published test images have no labels."""
+
+_FIRST_50 = sorted(list(TINYIMAGENET_NAMES)[:50])
+
+_TINYIMAGENET_50 = replace(
+    _TINYIMAGENET,
+    name="tinyimagenet-50",
+    title="TinyImageNet, the first 50 classes of wnids.txt only: a subset",
+    classes=50,
+    train_size=25_000,
+    test_size=2_500,
+    class_names=tuple(TINYIMAGENET_NAMES[wnid] for wnid in _FIRST_50),
+    digest="",
+    files=(
+        FileInfo(
+            "tinyimagenet_classes_01_20.tar.gz",
+            15_466_804,
+            "9dd2abd320290b9c1c0aa28ee0535b772260727106e00cda507996148c95dc9a",
+        ),
+        FileInfo(
+            "tinyimagenet_classes_21_50.tar.gz",
+            21_941_718,
+            "ea4a16b431c46b3d9af399a5532b66ff6a0e2025be9c09410e783f170d942509",
+        ),
+        FileInfo(
+            "val_annotations.txt", 347_377, "c37765a8b40fce4f28962bf1847a2537e2781753974cbb2447eeb50ff31130a2"
+        ),
+    ),
+    by_hand="the two archives of its classes and val_annotations.txt, or the unpacked tiny-imagenet-200",
+    fetcher="",
+)
+
+_IMAGENET = DatasetInfo(
+    name="imagenet",
+    title="ImageNet (ILSVRC 2012), 224x224",
+    classes=1000,
+    shape=(3, 224, 224),
+    levels=255,
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+    train_size=1_281_167,
+    test_size=50_000,
+    class_names=(),
+    licence=_IMAGENET_TERMS,
+    citation="O. Russakovsky et al., ImageNet Large Scale Visual Recognition Challenge, International Journal of "
+    "Computer Vision 115(3), 2015",
+    digest="",
+    flip=True,
+    folders=("imagenet", "ILSVRC2012", ""),
+    by_hand="ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz",
+    reader="certbench.data.imagenet:load",
+    fetcher="certbench.data.imagenet_files:prepare",
+    validation_per_class=10,
+    resized_crop=(0.08, 1.0),
+    streamed=True,
+)
+"""The test set is the published validation set, whose order is that of ImageFolder: by class, then by file name."""
+
+_IMAGENET_256 = replace(
+    _IMAGENET,
+    name="imagenet-256",
+    title="ImageNet, its training images scaled down once to a shorter side of 256 pixels",
+    reader="certbench.data.imagenet:load_resized",
+)
 
 
-def dataset_info(name: str) -> DatasetInfo:
-    """The catalogue's entry.
+DATASETS: dict[str, DatasetInfo] = {
+    info.name: info
+    for info in (
+        *(_DIGITS, _MNIST, _FASHION_MNIST, _CIFAR10, _CIFAR100),
+        *(_TINYIMAGENET, _TINYIMAGENET_50, _IMAGENET, _IMAGENET_256),
+    )
+}
+
+
+def dataset_info(name: str, registered: Mapping[str, DatasetInfo] | None = None) -> DatasetInfo:
+    """The entry of that name, or of ``<name>-validation``: see :meth:`DatasetInfo.held_out`.
+
+    Args:
+        registered: the data sets, with those of plugins; by default the built-in ones.
 
     Raises:
         UsageError: no data set has this name; the message gives the nearest one.
     """
-    try:
-        return DATASETS[name]
-    except KeyError:
-        raise UsageError(f"unknown data set {name!r}; {nearest(name, DATASETS)}") from None
+    known = DATASETS if registered is None else registered
+    if name in known:
+        return known[name]
+    base = name.removesuffix(VALIDATION)
+    if base in known:
+        return known[base].held_out()
+    raise UsageError(f"unknown data set {name!r}; {nearest(name, known)}")

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from certbench.data.catalog import DatasetInfo
+from certbench.data.info import DatasetInfo
+from certbench.data.splits import choose_per_class
 from certbench.errors import DataError
+
+if TYPE_CHECKING:
+    from certbench.data.stream import Stream
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +50,11 @@ class Split:
         """The same images on ``device``."""
         return Split(self.images.to(device), self.labels.to(device))
 
+    def take(self, positions: np.ndarray) -> Split:
+        """The images at these positions, copied."""
+        chosen = torch.from_numpy(positions)
+        return Split(self.images[chosen], self.labels[chosen])
+
     def slice(self, start: int, stop: int) -> Split:
         """Images ``start`` (included) to ``stop`` (excluded, cut at the end of the split), sharing their memory.
 
@@ -61,18 +72,30 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A loaded and verified data set; ``digest`` names its content (see :func:`dataset_digest`)."""
+    """A loaded and verified data set; ``digest`` names its content (see :func:`dataset_digest`).
+
+    ``train`` is a :class:`~certbench.data.stream.Stream` where the images are too many for memory.
+    """
 
     info: DatasetInfo
-    train: Split
+    train: Split | Stream
     test: Split
     digest: str
 
+    @cached_property
+    def validation(self) -> np.ndarray:
+        """The positions of the training images that ``<name>-validation`` holds out, ascending, int64."""
+        labels = self.train.labels.cpu().numpy()
+        return choose_per_class(labels, self.info.validation_per_class, "validation ")
 
-def dataset_digest(name: str, train: Split, test: Split) -> str:
-    """SHA-256, in hexadecimal, over the name and over dtype, shape and bytes of all images and labels."""
+
+def dataset_digest(name: str, *parts: Split) -> str:
+    """SHA-256, in hexadecimal, over the name and over dtype, shape and bytes of all images and labels.
+
+    The parts are the training images and the test images, in this order.
+    """
     sha = hashlib.sha256(f"{name}\n".encode())
-    for split in (train, test):
+    for split in parts:
         for array, dtype in ((_array(split.images), "|u1"), (_array(split.labels), "<i8")):
             sha.update(f"{dtype} {array.shape}\n".encode())
             sha.update(np.ascontiguousarray(array, dtype=dtype).data)

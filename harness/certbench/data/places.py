@@ -7,11 +7,13 @@ import hashlib
 import io
 import os
 import shlex
+import shutil
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from certbench.data.catalog import DatasetInfo, FileInfo
+from certbench.contract import Reporter
+from certbench.data.info import DatasetInfo, FileInfo
 from certbench.errors import DataError
 
 VARIABLE = "CERTBENCH_DATA"
@@ -61,13 +63,61 @@ def _look(info: DatasetInfo, folder: Path) -> Found:
 
 
 def _path_of(folder: Path, file: FileInfo) -> Path | None:
-    candidates = (folder / file.name, folder / f"{file.name}.gz")
-    return next((path for path in candidates if path.is_file()), None)
+    names = [file.name] if file.is_archive else [file.name, f"{file.name}.gz"]
+    return next((path for path in (folder / name for name in names) if path.is_file()), None)
+
+
+def unpacked_folder(info: DatasetInfo, root: Path) -> Path | None:
+    """Where the data set's archives lie unpacked, if they do."""
+    return next((root / folder for folder in info.unpacked if (root / folder).is_dir()), None)
+
+
+def reads_unpacked(info: DatasetInfo, root: Path) -> bool:
+    """Whether the unpacked folder is read, because the archives are not all there."""
+    return unpacked_folder(info, root) is not None and not locate(info, root).complete
+
+
+def read_files(info: DatasetInfo, root: Path) -> dict[str, bytearray]:
+    """Verified content by file name.
+
+    Raises:
+        DataError: a file is missing, unreadable or damaged.
+    """
+    found = locate(info, root)
+    contents = {}
+    for file, path in zip(info.files, found.paths, strict=True):
+        if path is None:
+            raise DataError(missing_message(info, root, found))
+        contents[file.name] = read_verified(path, file, repair(info, root))
+    return contents
+
+
+def fingerprint(info: DatasetInfo, root: Path) -> str:
+    """Names the files that lie there by their sizes and times, for data sets whose content is not pinned."""
+    folder = unpacked_folder(info, root)
+    if folder is not None and reads_unpacked(info, root):
+        paths = [path for path in folder.rglob("*") if path.is_file()]
+    else:
+        paths = [path for path in locate(info, root).paths if path is not None]
+    stats = [path.stat() for path in paths]
+    content = [
+        len(stats),
+        sum(stat.st_size for stat in stats),
+        max((stat.st_mtime_ns for stat in stats), default=0),
+    ]
+    return hashlib.sha256(f"{info.name} {content}".encode()).hexdigest()
 
 
 def fetch_command(info: DatasetInfo, root: Path) -> str:
     """What to type to get the data set, or a damaged part of it anew."""
     return f"certbench data fetch {info.name} --data {shlex.quote(str(root))}"
+
+
+def repair(info: DatasetInfo, root: Path) -> str:
+    """What to do about a damaged file."""
+    if info.fetcher:
+        return f"run `{fetch_command(info, root)}`"
+    return f"put {info.by_hand} there again" if info.by_hand else "replace it"
 
 
 def missing_message(info: DatasetInfo, root: Path, found: Found) -> str:
@@ -78,7 +128,11 @@ def missing_message(info: DatasetInfo, root: Path, found: Found) -> str:
     else:
         places = ", ".join(str(root / folder) for folder in info.folders)
         what = f"{info.name} was not found; looked in {places}"
-    return f"{what}; run `{fetch_command(info, root)}`, or name the folder that holds it with --data DIR or {VARIABLE}"
+    if info.fetcher or info.streamed:
+        step = f"run `{fetch_command(info, root)}`"
+    else:
+        step = f"put {info.by_hand} into {root / info.folders[0]}"
+    return f"{what}; {step}, or name the folder that holds it with --data DIR or {VARIABLE}"
 
 
 class Damaged(Exception):
@@ -103,44 +157,94 @@ def read_content(path: Path, file: FileInfo) -> bytearray:
     """As :func:`read_verified`; never unpacks more than one byte too many.
 
     Raises:
-        Damaged: not gzip where it should be, or another size or SHA-256 than the catalogue's.
+        Damaged: not gzip where it should be, or another size or digest than the catalogue's.
         OSError: the file cannot be read.
     """
-    try:
-        buffer, size = _read_bounded(path, file.size)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise Damaged(" ".join(str(error).split())) from None
-    if size != file.size:
-        shown = f"more than {file.size:,}" if size > file.size else f"{size:,}"
+    with _open(path, unpacked=not file.is_archive) as stream:
+        buffer = _bounded(stream, file.size)
+    if len(buffer) != file.size:
+        shown = f"more than {file.size:,}" if len(buffer) > file.size else f"{len(buffer):,}"
         raise Damaged(f"{shown} bytes where {file.size:,} were expected")
-    del buffer[size:]
-    actual = hashlib.sha256(buffer).hexdigest()
-    if actual != file.sha256:
-        raise Damaged(f"SHA-256 {actual} where {file.sha256} was expected")
+    kind, expected = ("SHA-256", file.sha256) if file.sha256 else ("MD5", file.md5)
+    actual = (
+        hashlib.sha256(buffer) if file.sha256 else hashlib.md5(buffer, usedforsecurity=False)
+    ).hexdigest()
+    if actual != expected:
+        raise Damaged(f"{kind} {actual} where {expected} was expected")
     return buffer
 
 
-def _read_bounded(path: Path, size: int) -> tuple[bytearray, int]:
-    """A buffer of ``size + 1`` bytes, and how many of them the file filled."""
+def check_md5(path: Path, expected: str, reporter: Reporter | None = None) -> None:
+    """
+    Raises:
+        Damaged: the file has another MD5 sum.
+    """
+    md5, done = hashlib.md5(usedforsecurity=False), 0
+    if reporter is not None:
+        reporter.stage(f"checking {path.name}", path.stat().st_size, "byte")
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            md5.update(chunk)
+            done += len(chunk)
+            if reporter is not None:
+                reporter.advance(done)
+    if md5.hexdigest() != expected:
+        raise Damaged(f"MD5 {md5.hexdigest()} where {expected} was expected")
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """
+    Raises:
+        DataError: the disk that the folder is on has fewer than ``needed`` bytes free.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise DataError(
+            f"no space in {folder}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB free; make room, or pass "
+            "another folder with --data DIR"
+        )
+
+
+def unpack(name: str, content: bytearray, limit: int) -> bytearray:
+    """The content of a ``.gz`` file of at most ``limit`` bytes.
+
+    Raises:
+        DataError: it is broken or holds more.
+    """
+    try:
+        buffer = _bounded(gzip.GzipFile(fileobj=io.BytesIO(content)), limit)
+    except Damaged as damage:
+        raise DataError(f"{name} is damaged: {damage}") from None
+    if len(buffer) > limit:
+        raise DataError(f"{name} unpacks to more than {limit:,} bytes")
+    return buffer
+
+
+def _bounded(stream: gzip.GzipFile | io.FileIO, size: int) -> bytearray:
+    """What the stream holds, cut one byte behind ``size``."""
     buffer, filled = bytearray(size + 1), 0
-    with _open(path) as stream, memoryview(buffer) as view:
-        while count := stream.readinto(view[filled : filled + _CHUNK]):
-            filled += count
-    return buffer, filled
+    try:
+        with memoryview(buffer) as view:
+            while count := stream.readinto(view[filled : filled + _CHUNK]):
+                filled += count
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise Damaged(" ".join(str(error).split())) from None
+    del buffer[filled:]
+    return buffer
 
 
-def _open(path: Path) -> gzip.GzipFile | io.FileIO:
-    return gzip.open(path) if path.suffix == ".gz" else path.open("rb", buffering=0)
+def _open(path: Path, unpacked: bool) -> gzip.GzipFile | io.FileIO:
+    return gzip.open(path) if unpacked and path.suffix == ".gz" else path.open("rb", buffering=0)
 
 
-def quick_size(path: Path) -> int:
-    """The unpacked size as the file claims it, without unpacking: of a ``.gz``, the length in its last four bytes.
+def quick_size(path: Path, file: FileInfo) -> int:
+    """The size as the catalogue counts it, without unpacking: of a packed file, the length in its last four bytes.
 
     Raises:
         OSError: the file cannot be read.
     """
     size = path.stat().st_size
-    if path.suffix != ".gz":
+    if file.is_archive or path.suffix != ".gz":
         return size
     with path.open("rb") as stream:
         stream.seek(max(0, size - 4))

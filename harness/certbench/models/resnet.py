@@ -53,7 +53,9 @@ def _register(depth: int) -> None:
     def build(info: DatasetInfo) -> nn.Module:
         return thin_resnet(depth, info)
 
-    build.__doc__ = f"ResNet-{depth} for CIFAR (arXiv 1512.03385): {(depth - 2) // 2} basic blocks, widths 16 to 64."
+    build.__doc__ = (
+        f"ResNet-{depth} for CIFAR (arXiv 1512.03385): {(depth - 2) // 2} basic blocks, widths 16 to 64."
+    )
     register_model(f"resnet{depth}")(build)
 
 

@@ -59,7 +59,7 @@ def output_shape(network: nn.Module, name: str, info: DatasetInfo) -> tuple[int,
             return tuple(network.eval()(torch.zeros(1, *info.shape, device=device)).shape)
     except Exception as error:  # networks of others fail in their own ways on images they were not drawn for
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(_misfit(name, info, reason)) from None
+        raise UsageError(_misfit(name, info, reason)) from error
     finally:
         network.train(training)
 

@@ -42,12 +42,10 @@ def timm_network(name: str, info: DatasetInfo) -> nn.Module:
             f"timm cannot build {name!r} for {info.name}: {reason}; choose another model"
         ) from None
     if is_small(info) and "patch_size" not in resized:
-        first = network.default_cfg["first_conv"]
-        full_resolution(
-            network,
-            first if isinstance(first, str) else first[0],
-            "maxpool" if hasattr(network, "maxpool") else "",
-        )
+        published: Any = timm.get_pretrained_cfg(name)
+        first = published.first_conv
+        pooling = "maxpool" if hasattr(network, "maxpool") else ""
+        full_resolution(network, first if isinstance(first, str) else first[0], pooling)
     return fitted(network, PREFIX + name, info)
 
 

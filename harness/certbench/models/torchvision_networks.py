@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -54,9 +55,8 @@ def _take_channels(network: nn.Module, first: str, info: DatasetInfo) -> None:
     if old.in_channels == info.shape[0]:
         return
     parent, _, child = first.rpartition(".")
-    new = nn.Conv2d(
-        info.shape[0], old.out_channels, old.kernel_size, old.stride, old.padding, bias=old.bias is not None
-    )
+    geometry: Any = {"kernel_size": old.kernel_size, "stride": old.stride, "padding": old.padding}
+    new = nn.Conv2d(info.shape[0], old.out_channels, **geometry, bias=old.bias is not None)
     setattr(network.get_submodule(parent), child, new)
 
 
@@ -67,7 +67,8 @@ def _flatten_features(network: nn.Module, name: str, info: DatasetInfo) -> None:
     assert isinstance(classifier, nn.Sequential)
     position = next(i for i, layer in enumerate(classifier) if isinstance(layer, nn.Linear))
     incoming = math.prod(output_shape(features, name, info))
-    classifier[position] = nn.Linear(incoming, classifier[position].out_features)
+    hidden: Any = classifier[position].out_features
+    classifier[position] = nn.Linear(incoming, hidden)
 
 
 for _name in ("resnet18", "resnet34", "resnet50"):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from certbench.contract import TrainTask
-from certbench.data.batches import Batches
+from certbench.data.batches import Epochs, training_batches
 from certbench.errors import RunError, UsageError
 from certbench.recipe import Train
 from certbench.training.checkpoint import load_latest, restore_optimizer, save_checkpoint
@@ -64,9 +64,7 @@ def fit(task: TrainTask, objective: Objective, chunks: int = 1) -> nn.Module:
             f"{task.recipe.name}: a batch of {settings.batch_size} images cannot be cut into {chunks} chunks; raise "
             "train.batch_size"
         )
-    batches = Batches(
-        task.dataset.train, task.dataset.info, settings.batch_size, task.seed, settings.augment, task.device
-    )
+    batches = training_batches(task.dataset, settings.batch_size, task.seed, settings.augment, task.device)
     network = task.build_network()
     steps = len(batches) * chunks
     objective.prepare(network, steps)
@@ -91,7 +89,7 @@ class _Loop:
     objective: Objective
     network: nn.Module
     optimizer: torch.optim.Optimizer
-    batches: Batches
+    batches: Epochs
     chunks: int
     history: list[dict[str, float]]
     checkpoint: Path | None
