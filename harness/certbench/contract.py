@@ -138,7 +138,9 @@ class Certificates:
     ``radius`` is rounded down and was itself proved; NaN where none is known (``error``, ``timeout``, ``not_run``),
     0 for a misclassified image. ``margin`` is the proved lower bound of (logit of the label) - (any other logit) at
     the recipe's radius. ``verdict`` and ``proved_by`` hold strings; ``proved_by`` is empty where nothing was proved;
-    ``ibp; radius crown`` where one bound proved the verdict and another the larger radius.
+    ``ibp; radius crown`` where one bound proved the verdict and another the larger radius. ``columns`` holds further
+    columns of the certificates table that its schema lets be null, such as ``draws`` or ``straddling``; every part of a
+    run brings the same ones.
     """
 
     index: np.ndarray
@@ -150,6 +152,7 @@ class Certificates:
     passes: np.ndarray
     guarantee: Guarantee
     deploy: str = "float32"
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 TrainHook = Callable[[TrainTask], "torch.nn.Module"]

@@ -438,6 +438,7 @@ def certificate_columns(dataset: Dataset, parts: list[Certificates]) -> dict[str
             name: joined(name)
             for name in ("index", "prediction", "verdict", "radius", "margin", "proved_by", "passes")
         },
+        **{name: np.concatenate([part.columns[name] for part in parts]) for name in parts[0].columns},
         "image_digest": image_digests(dataset.test),
         "label": dataset.test.labels.numpy(),
         "guarantee": [part.guarantee for part in parts for _ in part.index],
