@@ -94,7 +94,7 @@ class Enclosure:
 
 
 class _Interpreter(fx.Interpreter):
-    """Runs the traced graph on :class:`Bounded` values; everything that holds a tensor is one."""
+    """Runs the traced graph on :class:`Bounded` values; everything that holds a tensor but an index is one."""
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Bounded:
         found = self.fetch_attr(target)
@@ -336,6 +336,20 @@ def _neg(x: Bounded) -> Bounded:
     return Bounded(-x.value, x.error)
 
 
+# Steps: comparing numbers that are known exactly, and looking up a table ---------------------------------------------
+
+
+def _bucketize(x: Bounded, borders: Bounded, right: bool = False) -> Tensor:
+    """Integers; where the value compared has an error, the comparison could come out either way."""
+    if x.error.any():
+        raise UnsupportedError("no rule for the bucket of a computed value")
+    return torch.bucketize(x.value, _constant(borders), right=right)
+
+
+def _take(table: Bounded, index: Tensor) -> Bounded:
+    return Bounded(torch.take(table.value, index), torch.take(table.error, index))
+
+
 MODULES: dict[type[nn.Module], Callable[[nn.Module, Bounded], Bounded]] = {
     nn.Linear: _linear_module,
     nn.Conv2d: _conv2d_module,
@@ -364,6 +378,8 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.relu: _relu,
     torch.flatten: _moving(torch.flatten),
     torch.cat: _cat,
+    torch.bucketize: _bucketize,
+    torch.take: _take,
     torch.mean: _mean,
     torch.neg: _neg,
     operator.neg: _neg,
