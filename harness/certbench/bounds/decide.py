@@ -98,7 +98,7 @@ def certify(bounds: Sequence[Bound], task: CertifyTask) -> Iterator[Certificates
     def chunk(start: int, stop: int) -> _Chunk:
         return _Chunk(bounds, task, graph, evaluate, start, stop)
 
-    with plain_kernels(), _one_thread_each(task.device) as workers:
+    with plain_kernels(), one_thread_each(task.device) as workers:
         for parts in workers.map(lambda ends: _in_halves(chunk, *ends), ranges):
             yield from parts
 
@@ -171,7 +171,7 @@ def _all_sound(bounds: Sequence[Bound]) -> bool:
 
 
 @contextmanager
-def _one_thread_each(device: torch.device) -> Iterator[ThreadPoolExecutor]:
+def one_thread_each(device: torch.device) -> Iterator[ThreadPoolExecutor]:
     """Workers that run one chunk each on a single thread: the number of threads per operation would change bits."""
     cores = torch.get_num_threads()
     torch.set_num_threads(1)
