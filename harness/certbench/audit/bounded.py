@@ -241,3 +241,17 @@ def cat(parts: Any, dim: int = 0) -> Bounded:
 
 def neg(x: Bounded) -> Bounded:
     return Bounded(-x.value, x.error)
+
+
+# Steps: comparing numbers that are known exactly, and looking up a table ---------------------------------------------
+
+
+def bucketize(x: Bounded, borders: Bounded, right: bool = False) -> Tensor:
+    """Integers; where the value compared has an error, the comparison could come out either way."""
+    if x.error.any():
+        raise UnsupportedError("no rule for the bucket of a computed value")
+    return torch.bucketize(x.value, constant(borders), right=right)
+
+
+def take(table: Bounded, index: Tensor) -> Bounded:
+    return Bounded(torch.take(table.value, index), torch.take(table.error, index))

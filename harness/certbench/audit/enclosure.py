@@ -72,7 +72,7 @@ class Enclosure:
 
 
 class _Interpreter(fx.Interpreter):
-    """Runs the traced graph on :class:`Bounded` values; everything that holds a tensor is one."""
+    """Runs the traced graph on :class:`Bounded` values; everything that holds a tensor but an index is one."""
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Bounded:
         found = self.fetch_attr(target)
@@ -138,6 +138,8 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.relu: bounded.relu,
     torch.flatten: moving(torch.flatten),
     torch.cat: bounded.cat,
+    torch.bucketize: bounded.bucketize,
+    torch.take: bounded.take,
     torch.mean: bounded.mean,
     torch.neg: bounded.neg,
     operator.neg: bounded.neg,

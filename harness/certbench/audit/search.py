@@ -6,6 +6,7 @@ afterwards. Balls leave the batch as soon as a witness of theirs is confirmed.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -40,7 +41,8 @@ class Hunt:
 
     ``found`` (batch,) says what is known of each, ``witness`` (batch, *image) holds the image that shows it (the
     centre where there is none). A flip that the guarantee's own level does not confirm is kept, and the hunt for a
-    better one goes on.
+    better one goes on. Gradients are taken at the network's :func:`gradient_guide`; what counts as a flip is decided by
+    the network itself.
 
     Raises:
         RunError: no ball, labels that do not fit, or a network whose output does not.
@@ -48,6 +50,7 @@ class Hunt:
 
     def __init__(self, network: nn.Module, balls: Ball, labels: Tensor, confirm: Confirm) -> None:
         self.network, self.balls, self.labels, self.confirm = network, balls, labels, confirm
+        self.guide = gradient_guide(network)
         if labels.shape != balls.radius.shape or labels.dtype != torch.int64 or not len(labels):
             raise RunError(
                 f"{len(balls.radius)} balls need as many labels (int64), not {tuple(labels.shape)}"
@@ -63,12 +66,13 @@ class Hunt:
         self.found[~logits.isfinite().all(1)] = Found.BROKEN
         self._judge(torch.arange(len(labels), device=labels.device), balls.center, logits)
 
-    def logits(self, images: Tensor) -> Tensor:
-        """
+    def logits(self, images: Tensor, network: nn.Module | None = None) -> Tensor:
+        """Those of the network under attack, or of its guide.
+
         Raises:
             RunError: the network's output is not (batch, classes).
         """
-        logits: Tensor = self.network(images)
+        logits: Tensor = (network or self.network)(images)
         good = isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == len(images)
         if not good or logits.shape[1] < 2:
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -85,9 +89,12 @@ class Hunt:
         """Loss and its gradient at one image of each ball ``which``; flips are noted on the way."""
         with torch.set_grad_enabled(gradient):
             point = images.detach().requires_grad_(gradient)
-            logits = self.logits(point)
+            logits = self.logits(point, self.guide)
             values = loss(logits, self.labels[which])
             slope = torch.autograd.grad(values.sum(), point)[0] if gradient else torch.zeros_like(images)
+        if self.guide is not self.network:
+            with torch.no_grad():
+                logits = self.logits(images)
         self._judge(which, images, logits.detach())
         return values.detach(), slope
 
@@ -100,6 +107,25 @@ class Hunt:
         new = level > self.found[which]
         self.found[which[new]] = level[new].to(self.found.dtype)
         self.witness[which[new]] = images[new]
+
+
+def gradient_guide(network: nn.Module) -> nn.Module:
+    """What shows an attack the way: the network, or a copy where some of its modules bring a stand-in.
+
+    A module that hides its gradient, because it rounds for instance, may have a method ``gradient_surrogate()`` that
+    returns a module with the same outputs and a useful gradient. The copy only steers the search; it judges nothing.
+    """
+    hidden = [name for name, module in network.named_modules() if hasattr(module, "gradient_surrogate")]
+    if not hidden:
+        return network
+    if "" in hidden:
+        return network.gradient_surrogate()  # type: ignore[no-any-return,operator]  # found by its name
+    guide = copy.deepcopy(network)
+    for name in hidden:
+        parent, _, child = name.rpartition(".")
+        owner = guide.get_submodule(parent)
+        setattr(owner, child, owner.get_submodule(child).gradient_surrogate())  # type: ignore[operator]  # as above
+    return guide
 
 
 def hunt(

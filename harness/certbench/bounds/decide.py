@@ -27,7 +27,7 @@ from certbench.contract import Certificates, CertifyTask, Guarantee
 from certbench.data.dataset import to_pixels
 from certbench.errors import RunError
 from certbench.models.fold import deployed_network
-from certbench.models.kernels import plain_kernels
+from certbench.models.kernels import one_thread_each, plain_kernels
 from certbench.threat import round_down, round_up
 
 log = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ def certify(bounds: Sequence[Bound], task: CertifyTask) -> Iterator[Certificates
     def chunk(start: int, stop: int) -> _Chunk:
         return _Chunk(bounds, task, graph, evaluate, start, stop)
 
-    with plain_kernels(), _one_thread_each(task.device) as workers:
+    with plain_kernels(), one_thread_each(task.device) as workers:
         for parts in workers.map(lambda ends: _in_halves(chunk, *ends), ranges):
             yield from parts
 
@@ -173,18 +173,6 @@ def _evaluation(bounds: Sequence[Bound], deployed: nn.Module, graph: Graph) -> C
 
 def _all_sound(bounds: Sequence[Bound]) -> bool:
     return all(bound.guarantee == "float_sound" for bound in bounds)
-
-
-@contextmanager
-def _one_thread_each(device: torch.device) -> Iterator[ThreadPoolExecutor]:
-    """Workers that run one chunk each on a single thread: the number of threads per operation would change bits."""
-    cores = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(max_workers=cores if device.type == "cpu" else 1) as workers:
-            yield workers
-    finally:
-        torch.set_num_threads(cores)
 
 
 def _in_halves(chunk: Callable[[int, int], _Chunk], start: int, stop: int) -> list[Certificates]:

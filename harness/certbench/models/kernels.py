@@ -53,6 +53,7 @@ def one_thread_each(device: torch.device) -> Iterator[ThreadPoolExecutor]:
     As many as there are threads on a CPU, one in front of a GPU.
     """
     cores = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(
             cores if device.type == "cpu" else 1, initializer=torch.set_num_threads, initargs=(1,)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -41,6 +41,13 @@ class Objective(Protocol):
 
     def loss(self, images: Tensor, labels: Tensor, step: Step) -> tuple[Tensor, Mapping[str, Tensor | float]]:
         """The loss of a batch (raw pixels (batch, channels, height, width); labels (batch,)) and figures to show."""
+
+
+@runtime_checkable
+class OwnSchedule(Protocol):
+    """An objective that sets the learning rate itself, in place of the recipe's schedule."""
+
+    def learning_rate(self, step: Step) -> float: ...
 
 
 def fit(task: TrainTask, objective: Objective, chunks: int = 1) -> nn.Module:
@@ -137,8 +144,10 @@ class _Loop:
     def _update(
         self, images: Tensor, labels: Tensor, step: Step, first_bad: Tensor
     ) -> tuple[Tensor, Mapping[str, Tensor | float]]:
+        own = self.objective.learning_rate if isinstance(self.objective, OwnSchedule) else None
+        rate = own(step) if own is not None else learning_rate(self.task.recipe.train, step)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.task.recipe.train, step)
+            group["lr"] = rate
         loss, figures = self.objective.loss(images, labels, step)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped
