@@ -4,7 +4,7 @@
 """
 
 from certbench.smoothing.certifiers import SMOOTHERS, find_smoother
-from certbench.smoothing.certify import Smoother, certify, predict, sampler_of
+from certbench.smoothing.decide import Smoother, certify, predict, sampler_of
 from certbench.smoothing.noise import BLOCK, ExactNoise, GaussianNoise, Noise, Purpose, Streams
 from certbench.smoothing.sampler import Sampler, Work
 

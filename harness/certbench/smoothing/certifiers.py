@@ -7,7 +7,7 @@ from functools import partial
 from certbench.contract import Certifier
 from certbench.errors import UsageError, nearest
 from certbench.recipe import Recipe
-from certbench.smoothing.certify import Smoother, certify
+from certbench.smoothing.decide import Smoother, certify
 from certbench.smoothing.noise import BLOCK
 from certbench.smoothing.sampler import DTYPES
 from certbench.smoothing.stopping import GIVE_UP

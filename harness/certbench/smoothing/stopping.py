@@ -179,21 +179,18 @@ class Sequential:
         places = np.arange(len(self._p0))
         is_open = (places > standing.reached[rows, None]) & (places < standing.given_up[rows, None])
         row, place = is_open.nonzero()
-        k, n, p0 = standing.hits(rows)[row], standing.n[rows][row], self._p0[place]
+        hits, draws, most = standing.hits(rows), standing.n[rows], self.settings.n
+        k, n, p0 = hits[row], draws[row], self._p0[place]
         certified = log_e_above(k, n, p0) >= self._enough
-        most = self.settings.n
-        hopeless = log_e_below(k, n, p0) >= threshold(GIVE_UP)
-        hopeless |= (
-            log_e_above(k + most - n, most, p0) < self._enough
-        )  # even if every draw to come were a hit
+        refuted = log_e_below(k, n, p0) >= threshold(GIVE_UP)
+        hopeless = log_e_above(k + most - n, most, p0) < self._enough  # even if all draws to come were hits
         np.maximum.at(standing.reached, rows[row[certified]], place[certified])
-        np.minimum.at(standing.given_up, rows[row[hopeless]], place[hopeless])
-        proved = rows[standing.reached[rows] >= 0]
-        lower = self._p0[standing.reached[proved]]
-        better = lower > standing.lower[proved]
-        standing.prove(
-            proved[better], standing.hits(proved[better]), standing.n[proved[better]], lower[better]
-        )
+        np.minimum.at(standing.refuted, rows[row[refuted]], place[refuted])
+        np.minimum.at(standing.given_up, rows[row[refuted | hopeless]], place[refuted | hopeless])
+        has = standing.reached[rows] >= 0
+        lower = np.where(has, self._p0[standing.reached[rows]], 0.0)
+        better = lower > standing.lower[rows]
+        standing.prove(rows[better], hits[better], draws[better], lower[better])
         reached = standing.reached[rows] + 1
         ended = np.where(standing.given_up[rows] <= reached, BUDGET, OPEN)
         return np.where(standing.refuted[rows] <= reached, DECIDED, ended)

@@ -77,7 +77,8 @@ def proves_fixed(
 ) -> NDArray[np.bool_]:
     """Whether k hits in n draws refute every pA that is too small for ``radius``: the bound's own definition."""
     p = special.ndtr(np.asarray(radius, dtype=np.float64) / sigma)
-    return np.asarray(stats.binom.sf(np.asarray(k) - 1, n, p) <= alpha)
+    hits, draws = (np.asarray(count, dtype=np.int64) for count in (k, n))
+    return np.asarray(stats.binom.sf(hits - 1, draws, p) <= alpha)
 
 
 def proves_anytime(
