@@ -1,6 +1,7 @@
 """From cells to certificates: each step is asked about the images that those before left open.
 
     wrong                   the deployed classifier errs on the image itself                      misclassified
+    single-cell             no pixel can leave its interval: the image itself is all there is      certified
     cell-ibp                coupled interval bounds over the reachable cells                       certified
     cell-attack             a reachable abstract input that is misclassified, shown on pixels      falsified
     crown-ibp or crown      linear bounds over the same cells (real arithmetic only)               certified
@@ -11,8 +12,9 @@ Interval bounds come before the attack because they cost less; a proof and a wit
 changes no verdict. Under a float-sound guarantee interval bounds, enumeration and branching cover the round-off of
 every admitted evaluation; an image whose margin is smaller than that stays unknown.
 
-A radius is proved by the same bounds, and then raised to the end of its cells: up to there the ball reaches no other
-abstract input. ``single-cell`` is that radius where no pixel leaves its own interval.
+A radius is searched for with the same bounds and then raised to the end of its cells, up to which the ball reaches no
+other abstract input, until the bounds fail at the next float beyond it. For bounds that are monotone, as these are, it is
+exactly the largest radius that they prove.
 """
 
 from __future__ import annotations
@@ -160,7 +162,8 @@ class Chunk:
 
     def interval(self, which: Tensor) -> None:
         self.passes[which] += 1
-        self.prove(which, self.ladder.bounds.interval(self.cells[which], self.labels[which]), "cell-ibp")
+        cells = self.cells[which]
+        self.prove(which, self.ladder.bounds.interval(cells, self.labels[which]), interval_names(cells))
 
     def attack(self, which: Tensor) -> None:
         settings, seed = self.ladder.settings, self.ladder.task.recipe.seed
@@ -213,14 +216,15 @@ class Chunk:
 
     # Verdicts ------------------------------------------------------------------------------------------------------
 
-    def prove(self, which: Tensor, margins: Tensor, step: str) -> None:
-        """Note margins at the recipe's radius; positive ones are proofs."""
+    def prove(self, which: Tensor, margins: Tensor, step: str | np.ndarray) -> None:
+        """Note margins at the recipe's radius; positive ones are proofs, by one step or one each."""
         margins = margins.nan_to_num(nan=-torch.inf, posinf=-torch.inf)
         self.margin[which] = self.margin[which].maximum(margins)
         proved = which[margins > 0]
         self.radius[proved] = self.eps[proved]
         places = proved.numpy(force=True)
-        self.verdict[places], self.proved_by[places], self.radius_by[places] = "certified", step, step
+        names = step if isinstance(step, str) else step[(margins > 0).numpy(force=True)]
+        self.verdict[places], self.proved_by[places], self.radius_by[places] = "certified", names, names
 
     def falsify(self, which: Tensor, k: Tensor, step: str) -> None:
         """Turn misclassified abstract inputs into pixels; those that hold there, inside the ball, are witnesses."""
@@ -241,8 +245,8 @@ class Chunk:
     def extend(self) -> None:
         """The largest radius that the bounds prove for each correct image, up to the cap."""
         cap, radius = round_up(self.ladder.task.cap), round_up(self.ladder.task.radius)
-        self.stay_in_cell(self.correct.nonzero().squeeze(1), cap)
-        which = ((self.radius > 0) & (self.radius < cap)).nonzero().squeeze(1)
+        which = self.stay_in_cell(self.correct.nonzero().squeeze(1), cap)
+        which = which[self.radius[which] < cap]
         if not len(which):
             return
         low, margin = self.radius[which], self.margin[which]
@@ -258,21 +262,40 @@ class Chunk:
             monotone=True,
         )
         self.passes[which] += passes
-        end = self.until_change(which, self.reach(which, found)).maximum(found)
+        self.radius[which] = found
         below = torch.nextafter(self.eps[which], torch.zeros_like(found))
-        self.radius[which] = torch.where(open_, end.minimum(below), end)
+        self.climb(which, torch.where(open_, below, cap))
 
-    def stay_in_cell(self, which: Tensor, cap: float) -> None:
-        """The radius up to which no pixel leaves its interval, where that is more than is proved already."""
+    def stay_in_cell(self, which: Tensor, cap: float) -> Tensor:
+        """Prove the radius up to which no pixel leaves its interval, where it is not proved yet; returns what stands.
+
+        It is 0 where a pixel lies on a border, and then worth a proof too: of the image alone.
+        """
         own = self.reach(which, torch.zeros_like(self.eps[which]))
         radius = self.until_change(which, own).clamp_max(cap)
-        more = radius > self.radius[which]
-        which, radius = which[more], radius[more]
-        if len(which):
-            proved = self.proof(which, radius) > 0
-            self.passes[which] += 1
-            self.radius[which[proved]] = radius[proved]
-            self.radius_by[which[proved].numpy(force=True)] = "single-cell"
+        more = self.radius[which] <= radius
+        asked, radius = which[more], radius[more]
+        if len(asked):
+            proved = self.proof(asked, radius) > 0
+            self.passes[asked] += 1
+            self.radius[asked[proved]] = radius[proved]
+            more[more.clone()] = ~proved  # neither this nor a larger radius stands
+        return which[~more | (self.radius[which] > 0)]
+
+    def climb(self, which: Tensor, limit: Tensor) -> None:
+        """Raise proved radii to the end of their cells, and on as long as the next float beyond is proved too."""
+        while len(which):
+            cells = self.reach(which, self.radius[which])
+            end = self.until_change(which, cells).maximum(self.radius[which]).minimum(limit)
+            self.radius[which] = end
+            beyond = torch.nextafter(end, torch.full_like(end, torch.inf))
+            inside = beyond <= limit
+            which, limit, beyond = which[inside], limit[inside], beyond[inside]
+            if len(which):
+                self.passes[which] += 1
+                proved = self.proof(which, beyond) > 0
+                which, limit, beyond = which[proved], limit[proved], beyond[proved]
+                self.radius[which] = beyond
 
     def until_change(self, which: Tensor, cells: Cells) -> Tensor:
         """The largest radius at which the ball reaches no more than ``cells``; for images off the grid a little less."""
@@ -284,7 +307,7 @@ class Chunk:
         cells, labels = self.reach(which, eps), self.labels[which]
         margins = self.ladder.bounds.interval(cells, labels)
         few = (~(margins > 0) & (cells.count <= self.ladder.settings.search_cap)).nonzero().squeeze(1)
-        step = np.full(len(which), "cell-ibp", dtype=object)
+        step = interval_names(cells)
         if len(few):
             result = enumerate_cells(self.ladder.bounds, cells[few], labels[few])
             self.passes[which[few]] += result.evaluated
@@ -300,13 +323,14 @@ class Chunk:
     def columns(self) -> Certificates:
         task = self.ladder.task
         unknown = self.broken | self.margin.isinf()
+        radius_by = np.where((self.radius > 0).numpy(force=True), self.radius_by, "")
         return Certificates(
             index=np.arange(self.first, self.first + len(self.labels), dtype=np.int32),
             prediction=self.prediction.numpy(force=True),
             verdict=self.verdict,
             radius=torch.where(self.broken, torch.nan, self.radius.clamp_max(round_down(task.cap))).numpy(force=True),
             margin=torch.where(unknown, torch.nan, self.margin).numpy(force=True),
-            proved_by=np.array([*map(_both, self.proved_by, self.radius_by)], dtype=object),
+            proved_by=np.array([*map(_both, self.proved_by, radius_by)], dtype=object),
             passes=self.passes.numpy(force=True).astype(np.int32),
             guarantee="float_sound" if self.ladder.sound else "real_arith",
             deploy=self.ladder.deploy,
@@ -315,6 +339,11 @@ class Chunk:
                 "enumerated": self.enumerated.numpy(force=True).astype(np.int32),
             },
         )
+
+
+def interval_names(cells: Cells) -> np.ndarray:
+    """What interval bounds over these cells are called: over a single abstract input they are its evaluation."""
+    return np.where((cells.straddling > 0).numpy(force=True), "cell-ibp", "single-cell").astype(object)
 
 
 def _both(verdict: str, radius: str) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from certbench.bounds import PRECISIONS
+from certbench.bounds import PRECISIONS, input_box, sound_margins, trace
 from certbench.data.catalog import DATASETS
 from certbench.models import MODELS
 from certbench_abstraction.bounds import CellBounds, smallest_margin
@@ -25,15 +26,16 @@ NAMES = ["verify_fc", "verify_fc_dyadic", "verify_dmsmall"]
 
 
 def network_of(name: str, arrays: Arrays, with_weights: Callable[..., nn.Module]) -> nn.Sequential:
-    from dataclasses import replace
-
-    n = int(arrays["n"])
+    """The fixture's classifier, its end points in float64 as the reference has them."""
+    layer = Abstraction(int(arrays["n"])).double()
+    ends = 2 * torch.arange(layer.n + 1, dtype=torch.float64) / layer.n - 1
+    layer.upper, layer.lower = ends[1:], ends[:-1]
     if name.startswith("verify_fc"):
         f = nn.Sequential(nn.Flatten(), nn.Linear(18, 8), nn.ReLU(), nn.Linear(8, 10))
     else:
         f = MODELS["dm-small"](replace(DATASETS["digits"], shape=(2, 4, 4)))
         f[5], f[7] = nn.Linear(512, 10), nn.Linear(10, 10)
-    return nn.Sequential(Abstraction(n), with_weights(f.double(), arrays)).eval()
+    return nn.Sequential(layer, with_weights(f.double(), arrays)).eval()
 
 
 def images_of(arrays: Arrays) -> Tensor:
@@ -68,29 +70,33 @@ def test_cells_counts_and_radii_are_those_of_the_oracle(oracle: Load, name: str)
 def test_bounds_and_enumeration_are_those_of_the_oracle(
     oracle: Load, name: str, precision: object, with_weights: Callable[..., nn.Module]
 ) -> None:
-    """Never above the exact margin; in real arithmetic equal to the independent reference."""
+    """In real arithmetic equal to the independent reference; float-sound never above it, and near."""
     arrays = oracle(name)
     images, labels = images_of(arrays), arrays["y"].long()
     bounds = CellBounds(network_of(name, arrays, with_weights), tuple(images.shape[1:]), precision)  # type: ignore[arg-type]
     for i in range(len(arrays["eps"])):
         cells = Cells(like(arrays["cell_lo"][i], images), like(arrays["cell_hi"][i], images))
         exact, coupled = arrays["exact_margin"][i], arrays["ibp_margin_coupled"][i]
-        interval = bounds.interval(cells, labels)
-        tolerance = 1e-6 if precision is None else 1e-4
-        torch.testing.assert_close(interval, coupled, atol=tolerance, rtol=0)
-        assert (arrays["ibp_margin_indep"][i] <= interval + tolerance).all()
         known = ~exact.isnan()
-        assert (interval[known] <= exact[known] + 1e-6).all()
+        interval = bounds.interval(cells, labels)
+        assert (interval[known] <= exact[known] + 1e-9).all()
         for kind in ("crown-ibp", "crown"):
-            assert (bounds.linear(cells, labels, kind)[known] <= exact[known] + 1e-6).all()
-        small = known & (cells.count <= 20_000)
-        which = small.nonzero().squeeze(1)
+            assert (bounds.linear(cells, labels, kind)[known] <= exact[known] + 1e-9).all()
+        which = (known & (cells.count <= 20_000)).nonzero().squeeze(1)
         result = enumerate_cells(bounds, cells[which], labels[which])
-        robust = arrays["exact_robust"][i][which] > 0
-        assert torch.equal(result.margin > 0, robust), "exact_robust, not official_verified"
-        torch.testing.assert_close(result.margin[robust], exact[which][robust], atol=tolerance, rtol=0)
-        assert torch.equal(result.evaluated[robust].double(), arrays["count"][i][which][robust])
-        assert (bounds.points(result.worst, labels[which]) <= 0).equal(~robust)
+        proved, robust = result.margin > 0, arrays["exact_robust"][i][which] > 0
+        assert torch.equal(result.evaluated[proved].double(), arrays["count"][i][which][proved])
+        assert torch.equal(bounds.points(result.worst, labels[which]) > 0, proved)
+        if precision is None:
+            torch.testing.assert_close(interval, coupled, atol=1e-9, rtol=0)
+            assert (arrays["ibp_margin_indep"][i] <= interval + 1e-9).all()
+            assert torch.equal(proved, robust), "exact_robust, not official_verified"
+            torch.testing.assert_close(result.margin[robust], exact[which][robust], atol=1e-9, rtol=0)
+        else:  # what a float32 evaluation may lose at worst is of the order of 1e-4 of the margins here
+            torch.testing.assert_close(interval, coupled, atol=0.02, rtol=1e-3)
+            assert (interval <= coupled + 1e-12).all()
+            assert (robust | ~proved).all()
+            assert (result.margin[proved] <= exact[which][proved]).all()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -212,8 +218,8 @@ def test_float_sound_bounds_hold_for_float32_evaluations(model: str) -> None:
                 )
             assert (least <= together).all()
             assert (least <= alone.double()).all()
-        if eps == 0.0:
-            torch.testing.assert_close(least, together, atol=1e-3, rtol=1e-3)
+        if eps == 0.0:  # the worst case over all orders of summation, of up to 1,568 terms
+            assert (least >= together - 0.1).all()
 
 
 def test_coupling_the_end_points_is_tighter_than_boxing_them_apart() -> None:
@@ -223,8 +229,6 @@ def test_coupling_the_end_points_is_tighter_than_boxing_them_apart() -> None:
     labels = network(images).argmax(1)
     eps = torch.full((8,), 0.1, dtype=torch.float64)
     cells = reachable(images.double(), eps, network[0])
-    from certbench.bounds import input_box, sound_margins, trace
-
     real = CellBounds(network, info.shape, None).interval(cells, labels)
     sound = CellBounds(network, info.shape, PRECISIONS["float32"]).interval(cells, labels)
     graph = trace(network.double(), info.shape)
@@ -233,7 +237,7 @@ def test_coupling_the_end_points_is_tighter_than_boxing_them_apart() -> None:
     assert (real > apart).all()
     assert (sound > sound_apart).all()
     assert (sound < real).all()
-    torch.testing.assert_close(sound, real, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(sound, real, atol=1e-2, rtol=1e-2)
 
 
 def test_enumeration_is_complete_and_counts_its_passes() -> None:
