@@ -139,11 +139,10 @@ def _front(method: str, settings: dict[str, dict[int, Measured]], terms: Terms) 
     return Front(method, points, hypervolume(means, reference), of_seeds)
 
 
-def _mean(runs: Sequence[Measured], terms: Terms) -> tuple[float, float]:
-    return (
-        float(np.mean([run.correct.mean() for run in runs])),
-        float(np.mean([run.radius.mean() for run in runs])) / terms.cap,
-    )
+def _mean(runs: Sequence[Measured], terms: Terms) -> Floats:
+    """(accuracy, ACR / cap) over seeds and images."""
+    correct, radius = np.array([run.correct for run in runs]), np.array([run.radius for run in runs])
+    return np.asarray(Sweep(correct[None], radius[None] / terms.cap).points()[0])
 
 
 def _common_seeds(sweeps: Sequence[dict[str, dict[int, Measured]]]) -> list[int]:

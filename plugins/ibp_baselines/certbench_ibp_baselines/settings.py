@@ -35,10 +35,10 @@ class AttackSettings(WarmUpSettings):
 
 
 class SABRSettings(AttackSettings):
-    subselection_ratio: float = Field(default=0.4, gt=0, le=1)
+    subselection_ratio: float = Field(default=0.2, gt=0, le=1)
     """lambda: the half-width of the small box as a share of the radius; 1 is IBP."""
 
 
 class MTLIBPSettings(AttackSettings):
-    alpha: float = Field(default=0.5, ge=0, le=1)
+    alpha: float = Field(default=0.1, ge=0, le=1)
     """Weight of the IBP loss; 1 is IBP, 0 adversarial training."""

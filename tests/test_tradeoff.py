@@ -1,0 +1,104 @@
+"""Trade-off tables: from networks to fronts, claims and text, and from a store's rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from certbench.leaderboard.tradeoff import Measured, Terms, markdown, tradeoff
+
+TERMS = Terms(
+    dataset="digits",
+    norm="linf",
+    model="cnn-small",
+    cap=0.2,
+    verifier="ibp",
+    guarantee="float_sound",
+    tolerance=2.0**-20,
+    majority=0.1,
+)
+IMAGES = 200
+
+
+def runs(
+    method: str, points: dict[str, tuple[float, float]], seeds: tuple[int, ...] = (0, 1, 2)
+) -> list[Measured]:
+    """Networks whose settings have an accuracy, and an ACR as a share of the cap."""
+    numbers = (np.arange(IMAGES) + 0.5) / IMAGES
+    found = []
+    for setting, (accuracy, robustness) in points.items():
+        correct = numbers < accuracy
+        radius = correct * (robustness * TERMS.cap / accuracy)
+        found += [Measured(method, setting, seed, correct, radius) for seed in seeds]
+    return found
+
+
+def example(seeds: tuple[int, ...] = (0, 1, 2)) -> list[Measured]:
+    return [
+        *runs(
+            "ibp", {"ibp +kappa=0": (0.6, 0.5), "ibp +kappa=0.9": (0.9, 0.05), "ibp bad": (0.5, 0.41)}, seeds
+        ),
+        *runs("new", {"new +kappa=0": (0.7, 0.45), "new +kappa=0.9": (0.92, 0.15)}, seeds),
+        *runs("constant", {"constant": (0.1, 0.1)}, seeds),
+    ]
+
+
+def test_fronts_hold_points_areas_and_what_a_constant_dominates() -> None:
+    found = tradeoff(TERMS, example(), resamples=50)
+    fronts = {front.method: front for front in found.fronts}
+    assert [p.setting for p in fronts["ibp"].points] == ["ibp +kappa=0.9", "ibp +kappa=0", "ibp bad"]
+    assert [p.on_front for p in fronts["ibp"].points] == [True, True, False]
+    assert [p.beyond_constant for p in fronts["ibp"].points] == [False, True, True]
+    assert fronts["ibp"].hypervolume == pytest.approx(0.5 * 0.5 + 0.3 * 0.05)
+    assert fronts["new"].of_seeds == pytest.approx(dict.fromkeys(range(3), 0.6 * 0.45 + 0.22 * 0.15))
+    assert fronts["constant"].hypervolume == 0
+
+
+def test_a_claim_is_made_of_every_swept_method_against_the_baseline() -> None:
+    found = tradeoff(TERMS, example(), resamples=50)
+    (claim,) = found.claims
+    assert (claim.challenger, claim.baseline, claim.seeds) == ("new", "ibp", (0, 1, 2))
+    ratios = {claim.settings[r.setting]: r.ratio.value for r in claim.comparison.ratios}
+    assert ratios == pytest.approx({"ibp +kappa=0": 0.9, "ibp +kappa=0.9": 3.0, "ibp bad": 0.45 / 0.41})
+    assert claim.comparison.beyond_constant is not None
+    assert claim.comparison.beyond_constant.value == pytest.approx(0.45 / 0.41)
+
+
+def test_the_sentence_is_generated_with_every_figure_it_needs() -> None:
+    text = markdown(tradeoff(TERMS, example(), resamples=50))
+    assert "new against ibp, ACR at matched clean accuracy, 3 seeds: up to 3.00 [95% CI" in text
+    assert "at baseline accuracy 90.00 %" in text
+    assert "geometric mean 1.44 [95% CI" in text
+    assert "over the 3 of 3 baseline points that it reaches" in text
+    assert "up to 1.10 [95% CI" in text and "where the baseline beats a constant classifier" in text
+    assert "9.5e-07" in text and " 0.2 |" in text and "10.00 †" in text and text.count("†") == 3
+    assert text == markdown(tradeoff(TERMS, list(reversed(example())), resamples=50)), (
+        "whatever the order of rows"
+    )
+
+
+def test_seeds_that_are_not_shared_are_left_out_of_a_claim() -> None:
+    measured = [
+        *runs("ibp", {"a": (0.6, 0.5)}, (0, 1)),
+        *runs("new", {"b": (0.7, 0.4), "c": (0.8, 0.2)}, (1, 2)),
+    ]
+    (claim,) = tradeoff(TERMS, measured, resamples=20).claims
+    assert claim.seeds == (1,)
+    apart = [*runs("ibp", {"a": (0.6, 0.5)}, (0,)), *runs("new", {"b": (0.7, 0.4), "c": (0.8, 0.2)}, (1,))]
+    assert tradeoff(TERMS, apart, resamples=20).claims == ()
+
+
+def test_points_that_are_not_reached_are_said_to_be_so() -> None:
+    measured = [*runs("ibp", {"a": (0.9, 0.2)}), *runs("new", {"b": (0.7, 0.4), "c": (0.8, 0.2)})]
+    text = markdown(tradeoff(TERMS, measured, resamples=20))
+    assert "it reaches none of 1 baseline point" in text and "it has no point that accurate" in text
+
+
+def test_a_seed_counts_once() -> None:
+    with pytest.raises(ValueError, match="seed 0 twice"):
+        tradeoff(TERMS, [*runs("ibp", {"a": (0.9, 0.2)}), *runs("ibp", {"a": (0.9, 0.2)})])
+
+
+def test_names_from_recipes_are_made_inert() -> None:
+    text = markdown(tradeoff(TERMS, runs("ibp", {"a|b <script>": (0.9, 0.2), "c": (0.5, 0.3)}), resamples=20))
+    assert "<script>" not in text and r"a\|b" in text
