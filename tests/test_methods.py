@@ -25,12 +25,6 @@ from certbench.run import RunOutcome, run_recipe
 METHODS = sorted(set(installed().methods()) - {"constant"})
 """The constant classifier learns nothing and keeps no checkpoint; its plugin tests it."""
 SHORT = ["train.epochs=4", "train.milestones=[3]", "train.batch_size=128"]
-<<<<<<< HEAD
-PER_METHOD = {
-    "fast-ibp": ["method.ramp_epochs=2"],
-    "abstraction": ["train.schedule=milestones"],
-    "abstraction-ibp": ["method.ramp_epochs=2", "train.schedule=milestones"],
-=======
 RAMP = ["method.ramp_epochs=2"]
 ATTACK = [*RAMP, "method.attack_steps=2"]
 PER_METHOD = {
@@ -40,7 +34,8 @@ PER_METHOD = {
     "crown-ibp": RAMP,
     "sabr": ATTACK,
     "mtl-ibp": ATTACK,
->>>>>>> ibp
+    "abstraction": ["train.schedule=milestones"],
+    "abstraction-ibp": [*RAMP, "train.schedule=milestones"],
 }
 """What a four-epoch run of a method needs besides ``SHORT``; a new method adds its line here."""
 
@@ -99,17 +94,11 @@ def test_no_certificate_is_broken_by_points_inside_its_own_ball(
     images = to_pixels(split.images[certified], info.levels, torch.float64)
     labels = split.labels[certified]
     box = input_box(images, radius[certified])
-<<<<<<< HEAD
     if set(rows(out, "certificates")["certifier"]) == {"ibp"}:
         proved = trace(network, info.shape).bound(box).margins(labels) > 0
         assert proved.all(), "a reported radius was not proved"
     network = gradient_guide(network)
     inside = ball(images.float(), radius[certified])  # exact: a radius may end one float below a border
-=======
-    if outcome.recipe.certify.certifier == "ibp":
-        proved = trace(network, info.shape).bound(box).margins(labels) > 0
-        assert proved.all(), "a reported radius was not proved"
->>>>>>> ibp
     x = images.clone()
     for step in range(20):
         x = x.detach().requires_grad_()
