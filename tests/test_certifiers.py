@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from certbench.bounds import RELU, crown_ibp_margins, input_box, trace
+from certbench.bounds.cascade import Bound
 from certbench.bounds.certifiers import BOUNDS, find_certifier
-from certbench.bounds.decide import Bound, certify
+from certbench.bounds.decide import certify
 from certbench.bounds.radius import search_radii
 from certbench.contract import Certificates, CertifyTask
 from certbench.data.dataset import Split

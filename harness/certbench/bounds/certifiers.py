@@ -11,7 +11,8 @@ from torch import Tensor
 
 from certbench.bounds.alpha import LEARNING_RATE, STEPS, alpha_crown_margins
 from certbench.bounds.box import input_box
-from certbench.bounds.decide import Bound, Margins, certify
+from certbench.bounds.cascade import Bound, Margins
+from certbench.bounds.decide import certify
 from certbench.bounds.graph import Graph
 from certbench.bounds.linear import crown_ibp_margins, crown_margins
 from certbench.bounds.precision import Precision, find_precision

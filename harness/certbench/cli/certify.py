@@ -25,13 +25,13 @@ EXIT_RUN_FAILED = 3
     "--guarantee",
     type=click.Choice(["float_sound", "real_arith"]),
     default=None,
-    help="What interval bounds prove: the deployed floating-point network, or real arithmetic.",
+    help="What bounds prove: the deployed floating-point network, or real arithmetic.",
 )
 @click.option(
     "--deploy",
     type=click.Choice(["float32", "float64", "tf32", "bf16", "fp16"]),
     default=None,
-    help="The arithmetic that a float-sound certificate covers, or that a smoothed network is run in.",
+    help="The arithmetic that the certificates cover, which makes them float-sound; or that a smoothed network runs in.",
 )
 @click.option(
     "--radius",
@@ -63,6 +63,7 @@ def command(
     Example:
       certbench certify 7e2f --guarantee real_arith
       certbench certify 7e2f --deploy bf16
+      certbench certify 7e2f --certifier "ibp>crown-ibp" --guarantee float_sound
       certbench leaderboard show
     """
     changes = {"certifier": certifier, "guarantee": guarantee, "deploy": deploy}
