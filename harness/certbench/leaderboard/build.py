@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from certbench.errors import RunError, UsageError
+from certbench.leaderboard import page as page_room
 from certbench.leaderboard import records, tables
 from certbench.leaderboard.board import Board, boards
 from certbench.leaderboard.comparison import reproduction
@@ -25,10 +26,10 @@ _MARKERS = {
     ".tex": (f"{tables.LATEX_MARKER}\n",),
     ".csv": records.CSV_MARKERS,
     ".json": ('{\n "derived": "certbench: ',),
-    ".html": ("<!doctype html>\n<!-- certbench: derived from rows; do not edit -->\n",),
+    ".html": (page_room.MARKER,),
 }
 """How derived files begin, by their suffix; no other file is ever replaced or removed."""
-_RESERVED = ("index", "reproduction")
+_RESERVED = ("index", "reproduction", "tradeoff")
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,6 @@ def build(folder: Path, page: bool = True) -> Built:
 
     Raises as :func:`read_boards`.
     """
-    from certbench.leaderboard.page import missing
-
     notes = refreshed(read_notes(folder), installed())
     found = read_boards(folder, notes)
     files: dict[str, str] = {}
@@ -78,11 +77,9 @@ def build(folder: Path, page: bool = True) -> Built:
         files[NOTES] = notes.text()
     if not page:
         return Built(files, "not asked for")
-    lacking = missing()
+    lacking = page_room.missing()
     if lacking is None:
-        from certbench.leaderboard.page import render
-
-        files[PAGE] = render(found, cells, notes)
+        files[PAGE] = page_room.render(found, cells, notes)
     return Built(files, lacking)
 
 

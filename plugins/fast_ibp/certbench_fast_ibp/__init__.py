@@ -28,6 +28,7 @@ def register_methods() -> list[MethodCard]:
             settings=FastIBPSettings,
             recipes=files("certbench_fast_ibp") / "recipes",
             certifier="ibp",
+            published=files("certbench_fast_ibp") / "published",
             limits="Trained for interval bounds: other certifiers gain little on its networks.",
         )
     ]
