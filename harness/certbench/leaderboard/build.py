@@ -34,8 +34,9 @@ _RESERVED = ("index", "reproduction", "tradeoff")
 
 @dataclass(frozen=True)
 class Built:
-    """The text of every derived file by its name, and why the page is not among them, if it is not."""
+    """The boards, the text of every derived file by its name, and why the page is not among them, if it is not."""
 
+    boards: list[Board]
     files: dict[str, str]
     without_page: str | None = None
 
@@ -75,16 +76,14 @@ def build(folder: Path, page: bool = True) -> Built:
     files["index.md"] = tables.index(found, ["reproduction"] if cells else [])
     if notes.methods:
         files[NOTES] = notes.text()
-    if not page:
-        return Built(files, "not asked for")
-    lacking = page_room.missing()
+    lacking = page_room.missing() if page else "it was not asked for"
     if lacking is None:
         files[PAGE] = page_room.render(found, cells, notes)
-    return Built(files, lacking)
+    return Built(found, files, lacking)
 
 
-def write(folder: Path, page: bool = True) -> list[str]:
-    """Write the derived files, remove those of boards that are gone, and return the names of the files that stand.
+def write(folder: Path, page: bool = True) -> Built:
+    """Write the derived files, remove those of boards that are gone, and return what was built.
 
     A page that cannot be drawn here is removed: it would show other rows than the tables.
 
@@ -92,7 +91,8 @@ def write(folder: Path, page: bool = True) -> list[str]:
         RunError: a file cannot be written, or a file of that name was written by somebody else.
         UsageError, DataError: as :func:`read_boards`; nothing is written then.
     """
-    files = build(folder, page).files
+    built = build(folder, page)
+    files = built.files
     for name in files:
         if (folder / name).exists() and not _is_derived(folder / name):
             raise RunError(
@@ -104,7 +104,7 @@ def write(folder: Path, page: bool = True) -> list[str]:
             write_atomically(folder / name, content)
     for path in _stale(folder, files):
         path.unlink(missing_ok=True)
-    return sorted(files)
+    return built
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,9 @@ class Checked:
     unchecked: str | None = None
 
 
-def check(folder: Path) -> Checked:
+def check(folder: Path, page: bool = True) -> Checked:
     """Compare the derived files of a folder with what its rows say. Raises as :func:`read_boards`."""
-    built = build(folder)
+    built = build(folder, page)
     found = []
     for name, text in built.files.items():
         path = folder / name
