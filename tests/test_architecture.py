@@ -31,6 +31,7 @@ ALLOWED = {
     "leaderboard": CONTRACT | {"results", "stats"},
     "export": CONTRACT | {"models", "data", "results"},
     "recorded": CONTRACT | {"run", "training", "bounds", "smoothing", "results", "audit"},
+    "recheck": CONTRACT | {"run", "training", "results"},
     "run": CONTRACT | {"training", "audit", "bounds", "smoothing", "models", "data", "results"},
 }
 """Room -> rooms it may import. ``contract`` names data types for annotations only."""

@@ -19,7 +19,6 @@ from certbench.cli.leaderboard import command
 from certbench.errors import DataError, FoundError, RunError, UsageError
 from certbench.leaderboard import build as building
 from certbench.leaderboard.board import Board, boards
-from certbench.leaderboard.build import write
 from certbench.leaderboard.escape import csv_cell
 from certbench.leaderboard.escape import markdown as escape_markdown
 from certbench.leaderboard.metrics import measure
@@ -27,6 +26,7 @@ from certbench.leaderboard.records import records
 from certbench.leaderboard.tables import markdown, plain
 from certbench.leaderboard.terminal import show_board
 from certbench.threat import round_down
+from certbench.plugins import Plugins
 from certbench.results.schema import CERTIFICATES
 from certbench.results.store import ResultStore, certify_stage
 from certbench.threat import round_up
@@ -129,12 +129,23 @@ def time(folder: Path, run: str, stage: str, seconds: float, second: int = 0, de
     ResultStore(folder / "results").write_timing(row)
 
 
+@pytest.fixture(autouse=True)
+def _no_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Boards of tests depend on no plugin that happens to be installed."""
+    monkeypatch.setattr(building, "installed", lambda: Plugins([]))
+
+
 def build(folder: Path) -> dict[str, str]:
     return building.build(folder, page=False).files
 
 
 def check(folder: Path) -> list[str]:
-    return building.check(folder).found
+    """What differs, of the tables: the page has tests of its own."""
+    return building.check(folder, page=False).found
+
+
+def write(folder: Path) -> list[str]:
+    return sorted(building.write(folder, page=False).files)
 
 
 def only(folder: Path) -> Board:
@@ -357,7 +368,7 @@ def test_an_empty_store_is_a_clear_error(tmp_path: Path) -> None:
 
 def test_building_twice_gives_the_same_bytes_and_check_is_content(folder: Path) -> None:
     names = write(folder)
-    assert names == ["index.md", "mnist-linf-0.1.csv", "mnist-linf-0.1.md"]
+    assert names == ["index.md", "mnist-linf-0.1.csv", "mnist-linf-0.1.md", "mnist-linf-0.1.tex"]
     before = {name: (folder / name).read_bytes() for name in names}
     stamps = {name: (folder / name).stat().st_mtime_ns for name in names}
     assert write(folder) == names and before == {name: (folder / name).read_bytes() for name in names}
@@ -366,7 +377,9 @@ def test_building_twice_gives_the_same_bytes_and_check_is_content(folder: Path) 
     assert all(b"\r" not in content and content.endswith(b"\n") for content in before.values())
 
 
-@pytest.mark.parametrize("name", ["index.md", "mnist-linf-0.1.csv", "mnist-linf-0.1.md"])
+@pytest.mark.parametrize(
+    "name", ["index.md", "mnist-linf-0.1.csv", "mnist-linf-0.1.md", "mnist-linf-0.1.tex"]
+)
 def test_check_finds_one_changed_byte_anywhere(folder: Path, name: str) -> None:
     write(folder)
     content = (folder / name).read_bytes()
@@ -384,7 +397,7 @@ def test_check_finds_one_changed_byte_anywhere(folder: Path, name: str) -> None:
 def test_check_finds_changed_rows(folder: Path) -> None:
     write(folder)
     time(folder, "c", "train", 3.0)
-    assert check(folder) == ["mnist-linf-0.1.csv: differs", "mnist-linf-0.1.md: differs"]
+    assert check(folder) == [f"mnist-linf-0.1.{kind}: differs" for kind in ("csv", "md", "tex")]
 
 
 def test_files_of_boards_that_are_gone_are_removed_and_hand_written_ones_kept(folder: Path) -> None:
@@ -397,6 +410,7 @@ def test_files_of_boards_that_are_gone_are_removed_and_hand_written_ones_kept(fo
     assert check(folder) == [
         "cifar10-linf-8-255.csv: no board",
         "cifar10-linf-8-255.md: no board",
+        "cifar10-linf-8-255.tex: no board",
         "index.md: differs",
     ]
     write(folder)
@@ -445,7 +459,7 @@ def test_hostile_names_are_inert_in_every_form(tmp_path: Path) -> None:
     add(tmp_path, "a", [C, C], **names, reference=REFERENCE | {"source": "-1+1|<img src=x>\r\n+x"})
     name = "..-..-evil-b-linf-0.1".strip("-.")
     files = build(tmp_path)
-    assert sorted(files) == [f"{name}.csv", f"{name}.md", "index.md"]
+    assert sorted(files) == [f"{name}.csv", f"{name}.md", f"{name}.tex", "index.md"]
     for text in (files[f"{name}.md"], files["index.md"]):
         body = text.split("\n", 1)[1]  # after the marker, which is a comment
         assert not {"<", "\x1b", "\u202e", "\r"} & set(body)

@@ -356,13 +356,18 @@ def run_id(recipe: Recipe, data_digest: str, method_numerics: int) -> str:
     Not hashed, because they do not change what is computed: the recipe's name and published figures, the device,
     the number of workers.
     """
-    content = recipe.canonical()
-    del content["name"], content["reference"]
+    return identify(recipe.canonical(), data_digest, (CORE_NUMERICS, method_numerics), recipe.protocol)
+
+
+def identify(
+    content: Mapping[str, Any], data_digest: str, numerics: tuple[int, int], protocol: str
+) -> str:
+    """The run id of a canonical recipe, from plain values: rows can be checked without the plugin that made them."""
     identity = {
-        "recipe": content,
+        "recipe": {key: value for key, value in content.items() if key not in ("name", "reference")},
         "data": data_digest,
-        "numerics": [CORE_NUMERICS, method_numerics],
-        "protocol": recipe.protocol,
+        "numerics": list(numerics),
+        "protocol": protocol,
     }
     text = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -333,7 +333,7 @@ class Run:
         with plain_kernels():  # the evaluations that a float-sound guarantee speaks of
             found = audit(task)
         timer.record()
-        words = {"attack_summary": attack.summary, "limit": found.limit or None}
+        words = {"attack_summary": attack.summary, "attack_limit": found.limit or None}
         self.store.write_audits(*of, attack.name, attack.settings_digest, {**found.columns, **words})
         self._report(found, attack)
 

@@ -17,6 +17,7 @@ COMMANDS = {
     "certify": "Certify finished runs again with other settings; nothing is trained.",
     "audit": "Attack the certificates of recorded runs again, with any attack.",
     "leaderboard": "Derive the leaderboards from their rows, check or show them.",
+    "results": "List and show runs, hand them on and take them in, verify them, query them.",
     "export": "Write a recorded run for other verifiers: ONNX and VNN-LIB.",
     "list": "List methods, recipes, suites, data sets, models, certifiers, attacks or plugins.",
     "data": "Look for data sets, fetch them, and check them.",

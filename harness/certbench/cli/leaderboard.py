@@ -37,7 +37,10 @@ def command() -> None:
 @command.command()
 @_FOLDER
 def build(folder: Path) -> None:
-    """Write one Markdown and one CSV file per board into FOLDER, and index.md.
+    """Write every board into FOLDER: as Markdown, LaTeX and CSV, and all of them as the page index.html.
+
+    Cards and published figures of the installed methods are copied to methods.json there, so that the boards can be
+    built again, to the byte, where these methods are not installed.
 
     \b
     Example:
@@ -45,8 +48,10 @@ def build(folder: Path) -> None:
     """
     from certbench.leaderboard.build import write
 
-    names = write(folder)
-    click.echo(f"{len(names)} files in {folder}: {', '.join(names)}")
+    built = write(folder)
+    click.echo(f"{len(built.files)} files in {folder}: {', '.join(sorted(built.files))}")
+    if built.without_page:
+        click.echo(f"no index.html: {built.without_page}")
 
 
 @command.command()
@@ -60,12 +65,14 @@ def check(folder: Path) -> None:
     """
     from certbench.leaderboard.build import check as differing
 
-    found = differing(folder)
-    if found:
+    checked = differing(folder)
+    if checked.found:
         raise FoundError(
-            f"{folder} is not what its rows say: {'; '.join(found)}. See `certbench leaderboard build`"
+            f"{folder} is not what its rows say: {'; '.join(checked.found)}. See `certbench leaderboard build`"
         )
     click.echo(f"{folder}: every derived file is what its rows say")
+    if checked.unchecked:
+        click.echo(checked.unchecked)
 
 
 @command.command()
@@ -73,14 +80,14 @@ def check(folder: Path) -> None:
 @click.option("--board", "name", metavar="NAME", help="Only this board, for instance mnist-linf-0.1.")
 @click.option("--json", "as_json", is_flag=True, help="Records in full precision, for a program.")
 def show(folder: Path, name: str | None, as_json: bool) -> None:
-    """Print the boards of FOLDER, the best clean and certified accuracy marked with a star.
+    """Print the boards of FOLDER: best figures marked with a star, ranks that tie with the first with =.
 
     \b
     Example:
       certbench leaderboard show certbench-out --board digits-linf-0.1
     """
     from certbench.leaderboard.build import read_boards
-    from certbench.leaderboard.tables import records
+    from certbench.leaderboard.records import records
 
     boards = read_boards(folder)
     if name is not None:

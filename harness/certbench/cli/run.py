@@ -106,11 +106,10 @@ def finish(outcomes: Sequence[RunOutcome | None], names: Sequence[str], out: str
         FoundError: no run failed, and an attack refuted a certificate.
     """
     from certbench.cli.leaderboard import print_boards
-    from certbench.leaderboard.build import read_boards, write
+    from certbench.leaderboard.build import write
 
     if any(outcome is not None for outcome in outcomes):
-        write(Path(out))
-        print_boards(read_boards(Path(out)))
+        print_boards(write(Path(out)).boards)
     named = list(zip(outcomes, names, strict=True))
     refuted = [
         f"{name}: {o.refuted} refuted in run {o.run_id}" for o, name in named if o is not None and o.refuted

@@ -174,6 +174,7 @@ def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.") or "board"
 
 
-def _natural(text: str) -> list[tuple[int, int, str]]:
-    """A sort key under which linf-10 follows linf-9."""
-    return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in re.split(r"([0-9]+)", text)]
+def _natural(text: str) -> list[tuple[int, float, str]]:
+    """A sort key under which linf-10 follows linf-9, and 0.5 follows 0.25."""
+    parts = re.split(r"([0-9]+(?:\.[0-9]+)?)", text)
+    return [(1, float(part), "") if place % 2 else (0, 0.0, part) for place, part in enumerate(parts)]

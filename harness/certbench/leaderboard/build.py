@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from certbench.errors import RunError, UsageError
+from certbench.leaderboard import page as page_room
 from certbench.leaderboard import records, tables, tradeoff
 from certbench.leaderboard.board import Board, boards
 from certbench.leaderboard.comparison import reproduction
@@ -25,7 +26,7 @@ _MARKERS = {
     ".tex": (f"{tables.LATEX_MARKER}\n",),
     ".csv": records.CSV_MARKERS,
     ".json": ('{\n "derived": "certbench: ',),
-    ".html": ("<!doctype html>\n<!-- certbench: derived from rows; do not edit -->\n",),
+    ".html": (page_room.MARKER,),
 }
 """How derived files begin, by their suffix; no other file is ever replaced or removed."""
 _RESERVED = ("index", "reproduction", "tradeoff")
@@ -33,8 +34,9 @@ _RESERVED = ("index", "reproduction", "tradeoff")
 
 @dataclass(frozen=True)
 class Built:
-    """The text of every derived file by its name, and why the page is not among them, if it is not."""
+    """The boards, the text of every derived file by its name, and why the page is not among them, if it is not."""
 
+    boards: list[Board]
     files: dict[str, str]
     without_page: str | None = None
 
@@ -58,8 +60,6 @@ def build(folder: Path, page: bool = True) -> Built:
 
     Raises as :func:`read_boards`.
     """
-    from certbench.leaderboard.page import missing
-
     notes = refreshed(read_notes(folder), installed())
     found = read_boards(folder, notes)
     files: dict[str, str] = {}
@@ -79,16 +79,14 @@ def build(folder: Path, page: bool = True) -> Built:
     files["index.md"] = tables.index(found, ["reproduction"] if cells else [])
     if notes.methods:
         files[NOTES] = notes.text()
-    lacking = missing()
+    lacking = page_room.missing() if page else "it was not asked for"
     if lacking is None:
-        from certbench.leaderboard.page import render
-
-        files[PAGE] = render(found, cells, notes)
-    return Built(files, lacking)
+        files[PAGE] = page_room.render(found, cells, notes)
+    return Built(found, files, lacking)
 
 
-def write(folder: Path, page: bool = True) -> list[str]:
-    """Write the derived files, remove those of boards that are gone, and return the names of the files that stand.
+def write(folder: Path, page: bool = True) -> Built:
+    """Write the derived files, remove those of boards that are gone, and return what was built.
 
     A page that cannot be drawn here is removed: it would show other rows than the tables.
 
@@ -96,7 +94,8 @@ def write(folder: Path, page: bool = True) -> list[str]:
         RunError: a file cannot be written, or a file of that name was written by somebody else.
         UsageError, DataError: as :func:`read_boards`; nothing is written then.
     """
-    files = build(folder, page).files
+    built = build(folder, page)
+    files = built.files
     for name in files:
         if (folder / name).exists() and not _is_derived(folder / name):
             raise RunError(
@@ -108,7 +107,7 @@ def write(folder: Path, page: bool = True) -> list[str]:
             write_atomically(folder / name, content)
     for path in _stale(folder, files):
         path.unlink(missing_ok=True)
-    return sorted(files)
+    return built
 
 
 @dataclass(frozen=True)
@@ -120,9 +119,9 @@ class Checked:
     unchecked: str | None = None
 
 
-def check(folder: Path) -> Checked:
+def check(folder: Path, page: bool = True) -> Checked:
     """Compare the derived files of a folder with what its rows say. Raises as :func:`read_boards`."""
-    built = build(folder)
+    built = build(folder, page)
     found = []
     for name, text in built.files.items():
         path = folder / name

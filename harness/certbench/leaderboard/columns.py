@@ -64,12 +64,12 @@ def _smoothed(board: Board) -> list[Column]:
     ]
     return [
         Column("ACR", lambda row: figure(row.acr, 4) or "incomplete", _published("acr", 4), best="acr"),
+        Column("audit", audit),
         *at,
         Column("n", budget),
         Column("mean draws", lambda row: number(row.sampling.draws if row.sampling else None, 0)),
         Column("abstained %", abstained),
         Column("attacked %", lambda row: percent(row.attacked)),
-        Column("audit", audit),
         Column("failed", failed),
     ]
 

@@ -80,7 +80,7 @@ def _meaning(board: Board) -> Iterable[str]:
 
 def _ranks(board: Board) -> Iterable[str]:
     standing = [row for row in board.rows if board.standing(row)]
-    if not standing:
+    if len(standing) < 2:
         return
     several = any(len(row.seeds) > 1 for row in standing)
     by = "ACR" if board.smoothed else "certified accuracy"

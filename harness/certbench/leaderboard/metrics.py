@@ -228,7 +228,7 @@ def count_audits(certificates: pa.Table, audits: pa.Table) -> AuditCounts | None
     tried = int((claimed & images(pc.equal(kind, "certified_radius"))).sum())
     return AuditCounts(
         attacks=_attacks(audits),
-        limits=tuple(sorted(pc.unique(audits.column("limit").drop_null()).to_pylist())),
+        limits=tuple(sorted(pc.unique(audits.column("attack_limit").drop_null()).to_pylist())),
         claimed=int(claimed.sum()),
         tried=tried,
         refuted=int(refuted.sum()),

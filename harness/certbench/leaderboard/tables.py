@@ -83,7 +83,7 @@ def leader(board: Board) -> str:
 def reproduction(found: Sequence[Cell]) -> str:
     """A Markdown page that says of every published figure what became of it."""
     table = [[escape.markdown(text) for text in reproduction_line(cell)] for cell in found]
-    align = ["left"] * 7 + ["right"] * 4 + ["left"]
+    align = ["left"] * 5 + ["right"] * 4 + ["left"]
     counts = ", ".join(f"{_count(found, state)} {state}" for state in ("reproduced", "off", "not run"))
     return f"{MARKER}\n\n# Reproduction\n\n{counts}.\n\n{_pipe(REPRODUCTION, table, align)}\n\n{_READING}\n\n{DERIVED}\n"
 
@@ -91,16 +91,14 @@ def reproduction(found: Sequence[Cell]) -> str:
 REPRODUCTION = (
     "state",
     "method",
-    "data set",
     "setting",
     "model",
     "figure",
-    "source",
     "published",
     "measured",
     "difference",
-    "sd",
-    "sd of",
+    "in sd",
+    "source",
 )
 _READING = (
     "reproduced: within two standard deviations of the published figure; off: farther away, in either direction. The "
@@ -117,19 +115,18 @@ def reproduction_line(cell: Cell) -> list[str]:
     """One line of the reproduction table under :data:`REPRODUCTION`, as plain text."""
     published, found = cell.figure, cell.compared
     digits = 4 if published.metric == "acr" else 2
+    of = "" if found is None or found.scale == "published" else f" (of {found.scale})"
     return [
         cell.state,
         published.method,
-        published.dataset,
-        f"{published.norm}, {published.size}",
+        f"{published.dataset}, {published.norm}, {published.size}",
         f"{published.model}, {published.epochs} epochs" if published.epochs else published.model,
         metric_name(published),
-        f"{cell.source}, {published.table}" + (" (logs)" if published.basis == "log" else ""),
         c.figure(cell.value, digits),
         c.figure(found.measured, digits) if found else "",
         f"{found.difference:+.{digits}f}" if found else "",
-        f"{found.deviations:+.1f}" if found else "",
-        found.scale if found else "",
+        f"{found.deviations:+.1f}{of}" if found else "",
+        f"{cell.source}, {published.table}" + (" (logs)" if published.basis == "log" else ""),
     ]
 
 

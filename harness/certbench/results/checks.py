@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from certbench.errors import DataError
-from certbench.results.rules import parse_fraction
-from certbench.results.schema import TABLES
+from certbench.recipe import CORE_NUMERICS, identify
+from certbench.results.rules import parse_fraction, problems_of
 from certbench.threat import round_down, round_up
 
 if TYPE_CHECKING:
@@ -120,33 +122,51 @@ def _radii(shard: pa.Table, run: Mapping[str, Any]) -> Iterator[str]:
             yield f"image {shard.column('index')[place].as_py()} {problem}"
 
 
-def check_store(store: ResultStore) -> list[str]:
-    """Everything wrong with a store, one line each, empty where all rows keep all rules; damaged files are listed."""
+def identity_problem(run: Mapping[str, Any]) -> str | None:
+    """What is wrong with a run's id: it names the content of the run, and is computed again from it."""
+    content = json.loads(run["recipe"])
+    for core in range(1, CORE_NUMERICS + 1):  # rows keep the ids they were made under
+        numerics = core, run["numerics"]
+        if identify(content, run["dataset_digest"], numerics, run["protocol"]) == run["run_id"]:
+            return None
+    return f"run {run['run_id']}: its id is not that of its recipe, data, numerics and protocol"
+
+
+def check_store(store: ResultStore, identities: bool = False) -> list[str]:
+    """Everything wrong with a store, one line each, empty where all rows keep all rules; damaged files are listed.
+
+    With ``identities`` every run's id is computed again from what it names.
+    """
     found: list[str] = []
-    certificates = store.paths("certificates")  # listed before the runs, which are always written first
-    runs: dict[str, dict[str, Any]] = {}
-    for name in TABLES:
-        if name in ("certificates", "audits"):
-            continue
-        for path in store.paths(name):
+
+    def readable(name: str, paths: Sequence[Path]) -> Iterator[pa.Table]:
+        """The tables that keep their own rules; of the others every problem is noted."""
+        for path in paths:
             try:
-                table = store.load(name, path)
+                table = store.fetch(name, path)
+                problems = [f"{path}: {problem}" for problem in problems_of(table, name)]
+                if not problems:
+                    yield store.accept(name, path, table)
+                found.extend(problems)
             except DataError as error:
                 found.append(str(error))
-                continue
-            if name == "runs":
-                runs |= {row["run_id"]: row for row in table.to_pylist()}
-            if name == "submissions":
-                found += [f"run {r}: is labelled as submitted but has no row in runs" for r in table.column("run_id").to_pylist() if r not in runs]
+
+    # Listed in this order, since a run is always written before its certificates, and they before their audits.
+    paths = {name: store.paths(name) for name in ("audits", "certificates", "timings", "submissions", "runs")}
+    runs = {row["run_id"]: row for table in readable("runs", paths["runs"]) for row in table.to_pylist()}
+    if identities:
+        found += [problem for run in runs.values() if (problem := identity_problem(run)) is not None]
+    for name in ("timings", "submissions"):
+        for table in readable(name, paths[name]):
+            run_id = table.column("run_id")[0].as_py()
+            if run_id not in runs:
+                found.append(f"run {run_id}: has {name} but no row in runs")
     check = CrossCheck(runs)
-    for path in certificates:
+    for table in readable("certificates", paths["certificates"]):
+        found += check.problems(table)
+    for table in readable("audits", paths["audits"]):
         try:
-            found += check.problems(store.load("certificates", path))
-        except DataError as error:
-            found.append(str(error))
-    for path in store.paths("audits"):
-        try:
-            found += _audit_file(store, store.load("audits", path), runs)
+            found += _audit_file(store, table, runs)
         except DataError as error:
             found.append(str(error))
     return found

@@ -28,7 +28,7 @@ def _audits_say_how(table: pa.Table) -> pa.Table:
     known = pc.index_in(digests, pa.array(list(_SUMMARIES)))
     summaries = pa.array(list(_SUMMARIES.values())).take(known)
     table = table.append_column(pa.field("attack_summary", pa.string()), summaries)
-    return table.append_column(pa.field("limit", pa.string()), pa.nulls(table.num_rows, pa.string()))
+    return table.append_column(pa.field("attack_limit", pa.string()), pa.nulls(table.num_rows, pa.string()))
 
 
 STEPS: dict[tuple[str, int], Step] = {("audits", 1): _audits_say_how}

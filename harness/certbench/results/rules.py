@@ -54,12 +54,13 @@ def check_table(table: pa.Table, name: str, where: str) -> None:
     Raises:
         DataError: wrong columns, a null where there must be a value, duplicate rows, or a row that cannot be true.
     """
-    problem = next(_problems(table, name), None)
+    problem = next(problems_of(table, name), None)
     if problem is not None:
         raise DataError(f"{where}: {problem}")
 
 
-def _problems(table: pa.Table, name: str) -> Iterator[str]:
+def problems_of(table: pa.Table, name: str) -> Iterator[str]:
+    """Every rule that a table of that name breaks, one line each; lazily, the first is the cheapest to find."""
     spec = table_spec(name)
     if not table.schema.equals(spec.schema):
         yield _schema_difference(table.schema, spec.schema)

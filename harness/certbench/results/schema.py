@@ -116,7 +116,7 @@ AUDITS = TableSpec(
             pa.field("distance", pa.float64()),
             _required("outcome", pa.string()),
             pa.field("attack_summary", pa.string()),
-            pa.field("limit", pa.string()),
+            pa.field("attack_limit", pa.string()),
         ]
     ),
     key=("run_id", "certifier", "settings_digest", "attack", "attack_settings_digest", "index", "kind"),
@@ -126,7 +126,7 @@ AUDITS = TableSpec(
 """One row per image, attack and ``kind`` of ball: ``recipe_radius`` for every correct image, ``certified_radius`` for
 every image with a proved radius. ``found``: the attack flipped the deployed network; ``outcome`` says at which level
 that holds. ``distance`` is that of the witness, rounded up. ``attack_summary`` says in words what the settings digest
-names, ``limit`` why no witness could be confirmed, if so. They stand beside certificates and never change them."""
+names, ``attack_limit`` why no witness could be confirmed, if so. They stand beside certificates and never change them."""
 
 TIMINGS = TableSpec(
     name="timings",

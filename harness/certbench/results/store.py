@@ -142,6 +142,19 @@ class ResultStore:
         columns = {name: [value] for name, value in row.items()}
         return self._put(SUBMISSIONS, _as_table(SUBMISSIONS, columns), _relabel)
 
+    def place(self, table: str, rows: pa.Table, content: bytes) -> Path:
+        """Keep a whole file as it came, under the name that its rows give it; ``rows`` are what it holds.
+
+        Raises:
+            DataError: a file of that name is there with other bytes, or its rows have several owners.
+            RunError: the folder cannot be written.
+        """
+        path = self._path(table_spec(table), rows)
+        if path.exists() and path.read_bytes() != content:
+            raise DataError(f"{path.name}: two files of one name")
+        write_atomically(path, content)
+        return path
+
     def _put(self, spec: TableSpec, table: pa.Table, merge: Merge) -> Path:
         if table.num_rows == 0:
             raise DataError(f"no rows were given for {spec.name}")
