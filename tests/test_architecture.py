@@ -16,8 +16,8 @@ ALLOWED = {
     "seeding": set(),
     "recipe": {"errors", "threat"},
     "contract": {"recipe", "data"},
-    "hookspecs": {"contract"},
-    "plugins": GROUND | {"contract", "hookspecs"},
+    "hookspecs": {"contract", "data"},
+    "plugins": GROUND | {"contract", "hookspecs", "data", "models"},
     "suites": set(),
     "data": GROUND | {"contract"},
     "models": GROUND | {"data"},
@@ -32,7 +32,8 @@ ALLOWED = {
     "recorded": CONTRACT | {"run", "training", "bounds", "smoothing", "results", "audit"},
     "run": CONTRACT | {"training", "audit", "bounds", "smoothing", "models", "data", "results"},
 }
-"""Room -> rooms it may import. ``contract`` names data types for annotations only."""
+"""Room -> rooms it may import. ``contract`` and ``hookspecs`` name types for annotations only; ``plugins`` joins what
+is registered to the core's own data sets and networks."""
 
 
 def imports_of(path: Path) -> set[str]:
