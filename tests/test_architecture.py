@@ -17,8 +17,8 @@ ALLOWED = {
     "recipe": {"errors", "threat"},
     "settings": {"recipe"},
     "contract": {"recipe", "data"},
-    "hookspecs": {"contract"},
-    "plugins": GROUND | {"contract", "hookspecs"},
+    "hookspecs": {"contract", "data"},
+    "plugins": GROUND | {"contract", "hookspecs", "data", "models"},
     "suites": {"errors", "recipe", "plugins"},
     "data": GROUND | {"contract"},
     "models": GROUND | {"data"},
@@ -34,7 +34,8 @@ ALLOWED = {
     "recheck": CONTRACT | {"run", "training", "results"},
     "run": CONTRACT | {"training", "audit", "bounds", "smoothing", "models", "data", "results"},
 }
-"""Room -> rooms it may import. ``contract`` names data types for annotations only."""
+"""Room -> rooms it may import. ``contract`` and ``hookspecs`` name types for annotations only; ``plugins`` joins what
+is registered to the core's own data sets and networks."""
 
 
 def imports_of(path: Path) -> set[str]:

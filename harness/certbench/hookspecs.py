@@ -7,7 +7,7 @@ signatures and no logic.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import pluggy
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from certbench.contract import Certificates, CertifyTask, MethodCard, TrainTask
+    from certbench.data.info import DatasetInfo
 
 hookspec = pluggy.HookspecMarker("certbench")
 hookimpl = pluggy.HookimplMarker("certbench")
@@ -50,4 +51,27 @@ def certify(task: CertifyTask) -> Iterable[Certificates]:  # type: ignore[empty-
     name as their certifier. The network comes in
     evaluation mode and must come back unchanged. Every image gets exactly one certificate; what could not be decided
     is named by its verdict and never left out.
+    """
+
+
+@hookspec
+def register_datasets() -> Iterable[DatasetInfo]:  # type: ignore[empty-body]  # a specification has no body
+    """Describe the data sets this plugin brings.
+
+    Called when a data set is looked up or listed, and must not import torch: an entry names its ``reader`` as
+    ``package.module:function``, and only loading the data set imports that. The reader gets the entry and the data
+    folder and returns (training images, labels), (test images, labels) as arrays in published order; it may raise
+    :class:`certbench.errors.DataError`. A name that is taken is an error that names both distributions.
+    """
+
+
+@hookspec
+def register_models() -> Mapping[str, Callable[[DatasetInfo], torch.nn.Module]]:  # type: ignore[empty-body]  # as above
+    """Name the networks this plugin brings, each with a function that builds it for a data set.
+
+    Called when a network is built or listed; may import torch. A builder gets the data set's entry and returns a fresh
+    network for *normalised* images of its shape, with one logit per class; torch's global generator is seeded for it,
+    so its first weights must come from there and from the entry alone. The first line of its docstring is the summary.
+    It may raise :class:`certbench.errors.UsageError` for a data set that it does not fit. A name that is taken is an
+    error that names both distributions.
     """

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pluggy
 from pydantic import ValidationError
 
 from certbench import hookspecs
 from certbench.contract import Certificates, CertifyTask, MethodCard, TrainTask
+from certbench.data.catalog import DATASETS, DatasetInfo, dataset_info
 from certbench.errors import PluginError, RunError, UsageError, nearest
 from certbench.recipe import SOUND_CERTIFIERS, Recipe, explain, load_recipe
 
 if TYPE_CHECKING:
     import torch
 
+    from certbench.models import Builder
+
 GROUP = "certbench"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,10 @@ class Owned:
 
     card: MethodCard
     plugin: Loaded
+
+
+CORE = Loaded("core", "certbench", "")
+"""Stands for the core where names are claimed."""
 
 
 class Plugins:
@@ -70,37 +78,73 @@ class Plugins:
         Raises:
             PluginError: two plugins claim one name, or a plugin fails to name its methods.
         """
-        owned: dict[str, Owned] = {}
+        found = self._collect("register_methods", "method", lambda cards: _by_name(cards, MethodCard))
+        return {name: Owned(card, plugin) for name, (card, plugin) in found.items()}
+
+    def datasets(self) -> dict[str, DatasetInfo]:
+        """Every data set by name, the built-in ones included.
+
+        Raises:
+            PluginError: two claim one name, or a plugin fails to describe its data sets.
+        """
+        found = self._collect(
+            "register_datasets", "data set", lambda infos: _by_name(infos, DatasetInfo), DATASETS
+        )
+        return {name: info for name, (info, _) in found.items()}
+
+    def dataset(self, name: str) -> DatasetInfo:
+        """
+        Raises:
+            UsageError: no data set has this name; names the nearest.
+        """
+        return dataset_info(name, self.datasets())
+
+    def models(self) -> dict[str, Builder]:
+        """Every network's builder by name, the core's included; imports torch.
+
+        Raises:
+            PluginError: two claim one name, or a plugin fails to name its networks.
+        """
+        from certbench.models import MODELS
+
+        found = self._collect("register_models", "model", dict, MODELS)
+        return {name: builder for name, (builder, _) in found.items()}
+
+    def _collect(
+        self,
+        hook: str,
+        kind: str,
+        named: Callable[[Any], Mapping[str, T]],
+        core: Mapping[str, T] | None = None,
+    ) -> dict[str, tuple[T, Loaded]]:
+        """What the core and every loaded plugin register by a hook, with its owner, by name."""
+        owned = {name: (entry, CORE) for name, entry in (core or {}).items()}
         for plugin in self.loaded:
             if plugin.error is not None:
                 continue
-            for card in self._cards(plugin):
-                other = owned.setdefault(card.name, Owned(card, plugin)).plugin
+            for name, entry in self._ask(hook, plugin, named).items():
+                other = owned.setdefault(name, (entry, plugin))[1]
                 if other is not plugin:
                     raise PluginError(
-                        f"method {card.name!r} is claimed by two distributions, {other.distribution} and "
+                        f"{kind} {name!r} is claimed by two distributions, {other.distribution} and "
                         f"{plugin.distribution}; uninstall one of them"
                     )
         return owned
 
-    def _cards(self, plugin: Loaded) -> list[MethodCard]:
+    def _ask(self, hook: str, plugin: Loaded, named: Callable[[Any], Mapping[str, T]]) -> dict[str, T]:
         try:
-            cards = [card for answer in self._caller("register_methods", plugin)() for card in answer]
+            answers = self._caller(hook, plugin)()
+            return {name: entry for answer in answers for name, entry in named(answer).items()}
+        except PluginError as error:
+            raise PluginError(f"plugin {plugin.distribution}: {hook} must return {error}") from None
         except (
             Exception,
             SystemExit,
         ) as error:  # whatever a plugin raises is its own fault, reported in one line
             raise PluginError(
-                f"plugin {plugin.distribution} failed in register_methods: {type(error).__name__}: {error}; "
+                f"plugin {plugin.distribution} failed in {hook}: {type(error).__name__}: {error}; "
                 "uninstall or repair it"
             ) from error
-        for card in cards:
-            if not isinstance(card, MethodCard):
-                raise PluginError(
-                    f"plugin {plugin.distribution}: register_methods must return MethodCard objects, "
-                    f"not {type(card).__name__}"
-                )
-        return cards
 
     def owner(self, method: str) -> Owned:
         """The card and plugin of a method.
@@ -188,6 +232,19 @@ class Plugins:
             return model.model_validate(recipe.method.settings)
         except ValidationError as error:
             raise UsageError(explain(error, model, where or recipe.name, prefix="method.")) from None
+
+
+def _by_name(entries: Iterable[Any], kind: type[Any]) -> dict[str, Any]:
+    """
+    Raises:
+        PluginError: an entry is of another kind; the text completes a sentence.
+    """
+    found = {}
+    for entry in entries:
+        if not isinstance(entry, kind):
+            raise PluginError(f"{kind.__name__} objects, not {type(entry).__name__}")
+        found[entry.name] = entry
+    return found
 
 
 @cache

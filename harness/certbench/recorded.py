@@ -79,6 +79,7 @@ def load_run(
         raise RunError(f"run {identity} was made on another version of {recipe.dataset}")
     if not (run.folder / NETWORK).is_file():
         raise RunError(f"run {identity} left no network in {run.folder}; run its recipe again")
+    run.check_network()
     network = run.trained(only_load=True)
     if network_digest(network) != row["checkpoint_digest"]:
         raise RunError(

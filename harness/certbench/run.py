@@ -19,6 +19,7 @@ from torch import nn
 
 from certbench.audit.certificates import Audit, AuditTask, audit
 from certbench.audit.registry import DEFAULT, Attack, find_attack
+from certbench.bounds.applicability import applicability
 from certbench.bounds.certifiers import find_certifier
 from certbench.contract import (
     Certificates,
@@ -62,6 +63,8 @@ NETWORK = "network.safetensors"
 
 CARD = "network.json"
 """Beside it: what a student must know of it."""
+STRUCTURE = "structure.txt"
+"""The file of a run that names what was built, see :func:`certbench.bounds.applicability.structure_digest`."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,7 @@ class Run:
         """Check everything that can be checked before any training starts; ``identity`` names a recorded run."""
         owned = plugins.owner(recipe.method.name)
         certifier = choose_certifier(recipe, owned, plugins)
-        dataset = load_dataset(recipe.dataset, Path(data) if data is not None else None)
+        dataset = load_dataset(plugins.dataset(recipe.dataset), Path(data) if data is not None else None)
         settings, teacher = plugins.settings(recipe), None
         if isinstance(settings, TeacherSettings) and identity is None:
             found = find_teacher(recipe, plugins)
@@ -193,6 +196,7 @@ class Run:
                 f"{self.recipe.name}: run {self.id} is recorded; not audited, its checkpoints are gone"
             )
             return self.outcome()
+        self.check_network()
         network = self.train()
         if not certified:
             self.record(self.certify(network))
@@ -371,7 +375,30 @@ class Run:
 
     def build_network(self) -> nn.Module:
         seed = derive_seed(self.recipe.seed, "network")
-        return build_network(self.recipe.model, self.dataset.info, seed).to(self.device)
+        network = build_network(self.recipe.model, self.dataset.info, seed, self.plugins.models())
+        return network.to(self.device)
+
+    def check_network(self) -> None:
+        """Refuse, before any training, what cannot be certified, or is not what this run was begun with.
+
+        Raises:
+            UsageError: the recipe's certifier does not apply to its network.
+            RunError: the libraries that build the network now build another one.
+        """
+        with torch.device("meta"):
+            network = build_network(self.recipe.model, self.dataset.info, 0, self.plugins.models())
+        found = applicability(network, self.dataset.info.shape)
+        if reason := found.refusal(self.certifier.name, self.recipe.certify.guarantee):
+            raise UsageError(
+                f"{self.recipe.name}: certifier {self.certifier.name} does not apply to model {self.recipe.model}: {reason}"
+            )
+        path = self.folder / STRUCTURE
+        if path.is_file() and path.read_text(encoding="utf-8") != found.structure:
+            raise RunError(
+                f"{self.recipe.name}: model {self.recipe.model} is built otherwise than when run {self.id} began; "
+                "another version of torch, torchvision, timm or a plugin? Go back to it, or choose another --out"
+            )
+        write_atomically(path, found.structure.encode())
 
     def _ask_plugin(self, hook: str, call: Callable[[], T]) -> T:
         """Call into plugin code; what it raises is reported in one line, with the traceback in a file."""

@@ -49,8 +49,9 @@ def status_command(root: Path | None, as_json: bool) -> None:
     from tabulate import tabulate
 
     from certbench.data.fetch import status
+    from certbench.plugins import installed
 
-    rows = [asdict(row) for row in status(root)]
+    rows = [asdict(row) for row in status(root, installed().datasets())]
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
@@ -70,14 +71,15 @@ def fetch_command(names: tuple[str, ...], root: Path | None) -> None:
     Example:
       certbench data fetch mnist cifar10 --data ~/data
     """
-    from certbench.data.catalog import dataset_info
     from certbench.data.fetch import fetch
+    from certbench.plugins import installed
 
-    for name in names:
-        dataset_info(name)  # a misspelt last name is told before the first download
-    for name in names:
+    wanted = [
+        installed().dataset(name) for name in names
+    ]  # a misspelt last name is told before the first download
+    for info in wanted:
         with DownloadProgress() as progress:
-            fetch(name, root, progress)
+            fetch(info, root, progress)
 
 
 @command.command("verify")
@@ -93,12 +95,14 @@ def verify_command(names: tuple[str, ...], root: Path | None) -> None:
       certbench data verify mnist
     """
     from certbench.data.fetch import status, verify
+    from certbench.plugins import installed
 
-    absent = [] if names else [row.name for row in status(root) if row.state == "missing"]
-    wanted = names or tuple(row.name for row in status(root) if row.state != "missing")
+    rows = [] if names else status(root, installed().datasets())
+    absent = [row.name for row in rows if row.state == "missing"]
+    wanted = names or tuple(row.name for row in rows if row.state != "missing")
     wrong = []
     for name in wanted:
-        problems = verify(name, root)
+        problems = verify(installed().dataset(name), root)
         click.echo(f"{name}: {'; '.join(problems) or 'every byte as published'}")
         wrong.extend([name] if problems else [])
     for name in absent:
@@ -110,13 +114,13 @@ def verify_command(names: tuple[str, ...], root: Path | None) -> None:
 
 
 class DownloadProgress(SilentReporter):
-    """A reporter of bytes: silent for two seconds, then a bar on a terminal or a line every tenth of the way."""
+    """A reporter of bytes or images: silent for two seconds, then a bar on a terminal or a line every tenth of the way."""
 
     PATIENCE = 2.0
 
     def __init__(self) -> None:
         self._bar: Progress | None = None
-        self._title, self._total, self._started, self._next_line = "", 0, 0.0, 0.0
+        self._title, self._total, self._unit, self._started, self._next_line = "", 0, "byte", 0.0, 0.0
 
     def __enter__(self) -> Self:
         return self
@@ -126,18 +130,21 @@ class DownloadProgress(SilentReporter):
 
     def stage(self, title: str, total: int, unit: str) -> None:
         self._close_bar()
-        self._title, self._total, self._started, self._next_line = title, total, time.monotonic(), 0.0
+        self._title, self._total, self._unit = title, total, unit
+        self._started, self._next_line = time.monotonic(), 0.0
 
     def advance(self, done: int, **figures: float) -> None:
         if time.monotonic() - self._started < self.PATIENCE:
             return
         if sys.stderr.isatty():
-            self._bar = self._bar or _open_bar(self._title, self._total)
+            self._bar = self._bar or _open_bar(self._title, self._total, self._unit)
             self._bar.update(self._bar.task_ids[0], completed=done)
         elif done >= self._next_line:
-            self._next_line = done + max(self._total / 10, 1 << 20)
+            in_bytes = self._unit == "byte"
+            self._next_line = done + max(self._total / 10, 1 << 20 if in_bytes else 1)
             share = f" ({done / self._total:.0%})" if self._total else ""
-            click.echo(f"{self._title}: {done / 1e6:.1f} MB{share}", err=True)
+            amount = f"{done / 1e6:.1f} MB" if in_bytes else f"{done:,} {self._unit}s"
+            click.echo(f"{self._title}: {amount}{share}", err=True)
 
     def say(self, line: str) -> None:
         self._close_bar()
@@ -149,11 +156,18 @@ class DownloadProgress(SilentReporter):
         self._bar = None
 
 
-def _open_bar(title: str, total: int) -> Progress:
+def _open_bar(title: str, total: int, unit: str) -> Progress:
+    from rich import progress
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+    from rich.progress import Progress
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    amount = progress.DownloadColumn() if unit == "byte" else progress.MofNCompleteColumn()
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        amount,
+        progress.TimeRemainingColumn(),
+    )
     bar = Progress(*columns, console=Console(stderr=True), transient=True)
     bar.add_task(title, total=total or None)
     bar.start()

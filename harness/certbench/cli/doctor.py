@@ -54,6 +54,7 @@ def command(data: str | None, as_json: bool) -> None:
 
 def examine(data: str | None) -> tuple[dict[str, dict[str, str]], list[str]]:
     """What there is, by section, and one line per problem."""
+    from certbench.data.catalog import DATASETS
     from certbench.data.fetch import status
     from certbench.errors import PluginError
     from certbench.plugins import installed
@@ -65,10 +66,17 @@ def examine(data: str | None) -> tuple[dict[str, dict[str, str]], list[str]]:
     except PluginError as error:
         owners = {}
         problems.append(str(error))
+    try:
+        datasets = plugins.datasets()
+    except PluginError as error:
+        datasets = DATASETS
+        problems.append(str(error))
     report = {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "device": _device(),
-        "data": {row.name: f"{row.state} ({row.where})" for row in status(Path(data) if data else None)},
+        "data": {
+            row.name: f"{row.state} ({row.where})" for row in status(Path(data) if data else None, datasets)
+        },
         "methods": owners,
     }
     return report, problems

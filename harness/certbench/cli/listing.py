@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import click
 
+from certbench.errors import UsageError
+
 Rows = list[dict[str, object]]
 
 
@@ -62,7 +64,7 @@ def _suites() -> Rows:
 
 
 def _datasets() -> Rows:
-    from certbench.data.catalog import DATASETS
+    from certbench.plugins import installed
 
     return [
         {
@@ -72,18 +74,16 @@ def _datasets() -> Rows:
             "shape": "x".join(map(str, info.shape)),
             "train": info.train_size,
             "test": info.test_size,
+            "held out": info.validation_per_class * info.classes,
         }
-        for info in DATASETS.values()
+        for info in installed().datasets().values()
     ]
 
 
 def _models() -> Rows:
-    from certbench.models import MODELS
+    from certbench.cli.models import overview
 
-    return [
-        {"name": name, "summary": (builder.__doc__ or "").strip().splitlines()[0]}
-        for name, builder in sorted(MODELS.items())
-    ]
+    return overview()
 
 
 def _certifiers() -> Rows:
@@ -121,15 +121,34 @@ KINDS: dict[str, Callable[[], Rows]] = {
 
 @click.command(name="list", context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("kind", type=click.Choice(list(KINDS)))
+@click.argument("name", required=False)
+@click.option(
+    "--dataset",
+    default=None,
+    metavar="NAME",
+    help="Of a model: the images it is built for. [default: cifar10]",
+)
 @click.option("--json", "as_json", is_flag=True, help="For programs: a JSON list of objects.")
-def command(kind: str, as_json: bool) -> None:
+def command(kind: str, name: str | None, dataset: str | None, as_json: bool) -> None:
     """List methods, recipes, suites, data sets, models, certifiers, attacks or plugins.
+
+    With the NAME of a model (or timm:NAME): its layers, and what certifying it costs.
 
     \b
     Example:
       certbench list recipes
+      certbench list models cnn7 --dataset mnist
       certbench list methods --json
     """
+    if name is not None or dataset is not None:
+        if kind != "models" or name is None:
+            raise UsageError(
+                "NAME and --dataset belong to models: certbench list models NAME [--dataset NAME]"
+            )
+        from certbench.cli.models import show_model
+
+        show_model(name, dataset or "cifar10", as_json)
+        return
     rows = KINDS[kind]()
     if as_json:
         click.echo(json.dumps(rows, indent=1))

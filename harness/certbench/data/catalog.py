@@ -209,7 +209,7 @@ _TINYIMAGENET_50 = replace(
     train_size=25_000,
     test_size=2_500,
     class_names=tuple(TINYIMAGENET_NAMES[wnid] for wnid in _FIRST_50),
-    digest="",
+    digest="6323b8f19c49eacb3df622e66943e1dcceb9c77f8ab9ff2aafc2668c1b3547f9",
     files=(
         FileInfo(
             "tinyimagenet_classes_01_20.tar.gz",
