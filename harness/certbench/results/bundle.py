@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from certbench.errors import DataError, UsageError
-from certbench.recipe import PROTOCOL
+from certbench.recipe import PROTOCOLS
 from certbench.results.checks import CrossCheck, check_store
 from certbench.results.files import decode, encode, write_atomically
 from certbench.results.provenance import versions
@@ -330,8 +330,8 @@ def _strangers(source: ResultStore, store: ResultStore) -> Iterator[str]:
     for row in theirs.values():
         if digests.get(row["dataset"], row["dataset_digest"]) != row["dataset_digest"]:
             yield f"run {row['run_id']} was made on another version of {row['dataset']} than the runs here"
-        if row["norm"] == "linf" and row["protocol"] != PROTOCOL:
-            yield f"run {row['run_id']} is of protocol {row['protocol']!r}, not of {PROTOCOL}"
+        if row["norm"] == "linf" and row["protocol"] != PROTOCOLS["linf"]:
+            yield f"run {row['run_id']} is of protocol {row['protocol']!r}, not of {PROTOCOLS['linf']}"
     check = CrossCheck({**ours, **theirs})
     for path in store.paths("certificates"):
         if ours.get(path.name[:16], {}).get("dataset") in {row["dataset"] for row in theirs.values()}:

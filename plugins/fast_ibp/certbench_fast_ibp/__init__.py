@@ -31,7 +31,6 @@ def register_methods() -> list[MethodCard]:
             suites=folder / "suites",
             published=folder / "published",
             certifier="ibp",
-            published=files("certbench_fast_ibp") / "published",
             limits="Trained for interval bounds: other certifiers gain little on its networks.",
         )
     ]
