@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from certbench.bounds.backward import BACKWARD
 from certbench.bounds.box import Box
 from certbench.bounds.graph import Graph, Node, Ref
-from certbench.bounds.linear import PLAIN
+from certbench.bounds.tape import PLAIN
 from certbench.bounds.sound import SOUND_RULES
 from certbench.bounds.trace import trace
 from certbench.errors import UsageError
