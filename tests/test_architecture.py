@@ -30,7 +30,7 @@ ALLOWED = {
     "leaderboard": CONTRACT | {"results", "stats"},
     "export": CONTRACT | {"models", "data", "results"},
     "recorded": CONTRACT | {"run", "training", "bounds", "smoothing", "results", "audit"},
-    "run": CONTRACT | {"training", "audit", "bounds", "smoothing", "models", "data", "results"},
+    "run": CONTRACT | {"training", "audit", "bounds", "smoothing", "models", "data", "results", "stats"},
 }
 """Room -> rooms it may import. ``contract`` names data types for annotations only."""
 

@@ -68,7 +68,7 @@ def audit_problems(audits: pa.Table, certificates: pa.Table, run: Mapping[str, A
     where = f"run {run['run_id']}, certifier {audits.column('certifier')[0].as_py()}"
     wanted = ["index", "label", "prediction", "verdict", "radius"]
     both = audits.join(certificates.select(wanted), keys="index", join_type="left outer")
-    own = pc.equal(both.column("kind"), "certified_radius")
+    own = pc.is_in(both.column("kind"), pa.array(["certified_radius", "recount"]))
     certified = pc.equal(both.column("verdict"), "certified")
     outcome, ball = both.column("outcome"), both.column("ball_radius")
     asked = round_down(parse_fraction(run["radius"])) if run["radius"] is not None else math.nan

@@ -120,7 +120,7 @@ AUDITS = TableSpec(
     shard=("run_id", "certifier", "settings_digest", "attack", "attack_settings_digest"),
 )
 """One row per image, attack and ``kind`` of ball: ``recipe_radius`` for every correct image, ``certified_radius`` for
-every image with a proved radius. ``found``: the attack flipped the deployed network; ``outcome`` says at which level
+every image with a proved radius, and of a statistical one also ``recount``: fresh draws at the image itself. ``found``: the attack flipped the deployed network; ``outcome`` says at which level
 that holds. ``distance`` is that of the witness, rounded up. They stand beside certificates and never change them."""
 
 TIMINGS = TableSpec(

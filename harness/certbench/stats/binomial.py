@@ -45,6 +45,14 @@ def interval(k: ArrayLike, n: ArrayLike, alpha: float = 0.05) -> tuple[Floats, F
     return lower_bound(k, n, alpha / 2), upper_bound(k, n, alpha / 2)
 
 
+def quantile(n: int, p: float, level: float) -> int:
+    """The smallest count that a binomial variable of ``n`` draws exceeds with probability at most 1 - ``level``."""
+    if not (n >= 1 and 0 < p < 1 and 0 < level < 1):
+        raise ValueError("a binomial quantile needs n >= 1 and p, level between 0 and 1")
+    counts = np.arange(n + 1)
+    return int(np.searchsorted(-special.bdtrc(counts.astype(np.float64), n, p), -(1 - level)))
+
+
 def _counts(k: ArrayLike, n: ArrayLike, alpha: float) -> tuple[Floats, Floats]:
     if not 0 < alpha < 1:
         raise ValueError(f"a level lies between 0 and 1; got {alpha}")
