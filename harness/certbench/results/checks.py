@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from certbench.errors import DataError
 from certbench.results.rules import parse_fraction
 from certbench.results.schema import TABLES
+from certbench.results.smoothed import smoothed_problems
 from certbench.threat import round_up
 
 if TYPE_CHECKING:
@@ -43,7 +44,12 @@ class CrossCheck:
             return [f"run {run_id}: has certificates but no row in runs"]
         run = self._runs[run_id]
         certifier = shard.column("certifier")[0].as_py()
-        found = [*_uniform(shard), *_radii(shard, run), *self._same_images(shard, run)]
+        found = [
+            *_uniform(shard),
+            *_radii(shard, run),
+            *smoothed_problems(shard, run),
+            *self._same_images(shard, run),
+        ]
         return [f"run {run_id}, certifier {certifier}: {problem}" for problem in found]
 
     def _same_images(self, shard: pa.Table, run: Mapping[str, Any]) -> Iterator[str]:

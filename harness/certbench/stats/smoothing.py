@@ -93,6 +93,15 @@ def proves_anytime(
     return np.asarray(log_e_above(k, n, p) >= -np.log(alpha))
 
 
+PROOFS: dict[str, Callable[[ArrayLike, ArrayLike, float, float, ArrayLike], NDArray[np.bool_]]] = {
+    "smoothing": proves_fixed,
+    "smoothing-label": proves_fixed,
+    "smoothing-sequential": proves_anytime,
+    "smoothing-sequential-label": proves_anytime,
+}
+"""Whether (k, n, alpha, sigma) prove a radius, by certifier."""
+
+
 def predicted_class(counts: ArrayLike, alpha: float) -> NDArray[np.int64]:
     """PREDICT: the class of each row of ``counts`` (images, classes), or -1 to abstain.
 
