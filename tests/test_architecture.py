@@ -32,7 +32,7 @@ ALLOWED = {
     "export": CONTRACT | {"models", "data", "results"},
     "recorded": CONTRACT | {"run", "training", "bounds", "smoothing", "results", "audit"},
     "recheck": CONTRACT | {"run", "training", "results"},
-    "run": CONTRACT | {"training", "audit", "bounds", "smoothing", "models", "data", "results"},
+    "run": CONTRACT | {"training", "audit", "bounds", "smoothing", "models", "data", "results", "stats"},
 }
 """Room -> rooms it may import. ``contract`` and ``hookspecs`` name types for annotations only; ``plugins`` joins what
 is registered to the core's own data sets and networks."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from certbench.audit.registry import DEFAULT, find_attack
+from certbench.audit.registry import DEFAULT
 from certbench.contract import Reporter, SilentReporter
 from certbench.errors import RunError, UsageError, nearest
 from certbench.plugins import Plugins, installed
@@ -19,12 +19,13 @@ from certbench.recipe import validate
 from certbench.results.store import ResultStore
 from certbench.run import (
     NETWORK,
-    CertificateSet,
     Run,
     RunOutcome,
+    choose_attack,
     choose_certifier,
     choose_device,
     digest_settings,
+    refutations,
 )
 from certbench.training.checkpoint import network_digest
 
@@ -105,9 +106,9 @@ def audit_again(
     Raises:
         CertbenchError: anything that went wrong, in one line.
     """
-    chosen = find_attack(attack)
     recorded = load_run(prefix, out, data, device, plugins, reporter)
     run = recorded.run
+    chosen = choose_attack(attack, run.recipe)
     sets = run.store.certificate_sets(run.id)
     if not sets:
         raise RunError(
@@ -118,12 +119,12 @@ def audit_again(
             run.reporter.say(f"{run.recipe.name}: {certificates[1]} is already audited with {chosen.name}")
         else:
             run.audit(recorded.network, chosen, certificates)
-    return replace(run.outcome(), refuted=sum(_refuted(run.store, of) for of in sets))
-
-
-def _refuted(store: ResultStore, certificates: CertificateSet) -> int:
-    outcomes = store.audits(*certificates).to_pandas()
-    return int(outcomes.loc[outcomes["outcome"] == "refuted", "index"].nunique())
+    found = [refutations(run.store, of) for of in sets]
+    return replace(
+        run.outcome(),
+        refuted=sum(refuted or 0 for refuted, _ in found),
+        void=any(void for _, void in found),
+    )
 
 
 def certify_again(
@@ -160,7 +161,7 @@ def certify_again(
     if radius is None:
         if not run.store.has_certificates(run.id, run.certifier.name, digest_settings(run.certifier, recipe)):
             run.record(run.certify(recorded.network))
-        chosen = find_attack(attack) if attack else None
+        chosen = choose_attack(attack, recipe) if attack else None
         if chosen is not None and not run.is_audited(chosen):
             run.audit(recorded.network, chosen)
         return run.outcome()

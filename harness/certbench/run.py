@@ -11,14 +11,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
 from certbench.audit.certificates import Audit, AuditTask, audit
-from certbench.audit.registry import DEFAULT, Attack, find_attack
+from certbench.audit.registry import DEFAULT, Attack, SmoothedAttack, find_attack, find_smoothed_attack
+from certbench.audit.statistical import SmoothedAuditTask, audit_smoothed
 from certbench.bounds.applicability import applicability
 from certbench.bounds.certifiers import find_certifier
 from certbench.contract import (
@@ -44,6 +45,7 @@ from certbench.results.files import write_atomically
 from certbench.results.store import ResultStore, audit_stage, certify_stage
 from certbench.seeding import derive_seed
 from certbench.smoothing import find_smoother
+from certbench.stats.smoothing import RADII, allowed_refutations
 from certbench.training.checkpoint import network_digest, save_network
 from certbench.training.teacher import (
     NetworkCard,
@@ -54,9 +56,14 @@ from certbench.training.teacher import (
     ready,
 )
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 T = TypeVar("T")
 CertificateSet = tuple[str, str, str]
 """(run id, certifier, settings digest): what names certificates in the store."""
+
+AnyAttack = Attack | SmoothedAttack
 
 NETWORK = "network.safetensors"
 """The file of a run that holds the trained network alone."""
@@ -72,7 +79,8 @@ class RunOutcome:
     """What a run left behind: its id, the folder of its checkpoints, the store of its rows, and its headlines.
 
     ``refuted`` counts images whose certificate any recorded attack refuted; it is None where none was audited.
-    ``acr`` is the mean certified radius, None where one is unknown. Under norm l2 an image counts as certified where
+    ``void`` says whether that voids the row: one refuted proof does, and of statistical certificates more than chance
+    allows. ``acr`` is the mean certified radius, None where one is unknown. Under norm l2 an image counts as certified where
     some radius above 0 is.
     """
 
@@ -84,6 +92,7 @@ class RunOutcome:
     certified_accuracy: float
     refuted: int | None = None
     acr: float | None = None
+    void: bool = False
 
 
 def run_recipe(
@@ -117,9 +126,18 @@ def run_recipe(
         recipe = plugins.find_recipe(str(recipe), overrides)
     if seed is not None:
         recipe = recipe.with_seed(seed)
-    chosen = find_attack(attack) if attack is not None else None
+    chosen = choose_attack(attack, recipe) if attack is not None else None
     run = Run.prepare(recipe, Path(out), data, choose_device(device), plugins, reporter or SilentReporter())
     return run.execute(chosen)
+
+
+def choose_attack(name: str, recipe: Recipe) -> AnyAttack:
+    """What goes by that name against the recipe's kind of certificate.
+
+    Raises:
+        UsageError: nothing does.
+    """
+    return find_smoothed_attack(name) if recipe.threat.norm == "l2" else find_attack(name)
 
 
 def choose_device(name: str) -> torch.device:
@@ -186,7 +204,7 @@ class Run:
             recipe, owned, plugins, dataset, certifier, device, identity, folder, store, reporter, teacher
         )
 
-    def execute(self, attack: Attack | None) -> RunOutcome:
+    def execute(self, attack: AnyAttack | None) -> RunOutcome:
         certified = self.is_certified
         if certified and self.is_audited(attack):
             self.reporter.say(f"{self.recipe.name}: run {self.id} is already recorded")
@@ -302,29 +320,41 @@ class Run:
         stage = certify_stage(self.certifier.name, digest_settings(self.certifier, self.recipe))
         return self.folder / f"{stage}-{network[:8]}.partial"
 
-    def audit(self, network: nn.Module, attack: Attack, of: CertificateSet | None = None) -> None:
+    def audit(self, network: nn.Module, attack: AnyAttack, of: CertificateSet | None = None) -> None:
         """Attack every correct image at the recipe's radius and every certificate at its own; rows are added.
 
         What is attacked is the deployed network, the one that was certified; ``of`` names other certificates of this
-        run than those its recipe asks for.
+        run than those its recipe asks for. Statistical certificates have an audit of their own.
         """
         of = of or self._certificates
         rows = self.store.certificates(*of).to_pandas()
-        guarantee = rows["guarantee"].iloc[0]
-        if guarantee == "statistical" or not (rows["prediction"] == rows["label"]).any():
-            self.reporter.say(
-                f"{self.recipe.name}: nothing to audit: no correct image has a deterministic certificate"
-            )
+        right = rows["prediction"] == rows["label"]
+        statistical = isinstance(attack, SmoothedAttack)
+        if not (right & (rows["radius"] > 0) if statistical else right).any():
+            self.reporter.say(f"{self.recipe.name}: nothing to audit: no correct image has a certificate")
             return
-        task = AuditTask(
-            network=deployed_network(network),
+        timer = Timer(self, audit_stage(*of[1:], attack.name, attack.settings_digest))
+        deployed = deployed_network(network)
+        if isinstance(attack, SmoothedAttack):
+            found = audit_smoothed(self._smoothed_audit(deployed, attack, rows))
+        else:
+            with plain_kernels():  # the evaluations that a float-sound guarantee speaks of
+                found = audit(self._audit(deployed, attack, rows))
+        timer.record()
+        words = {"attack_summary": attack.summary, "attack_limit": found.limit or None}
+        self.store.write_audits(*of, attack.name, attack.settings_digest, {**found.columns, **words})
+        self._report(found, attack)
+
+    def _audit(self, network: nn.Module, attack: Attack, rows: pd.DataFrame) -> AuditTask:
+        return AuditTask(
+            network=network,
             split=self.dataset.test,
             levels=self.dataset.info.levels,
             index=rows["index"].to_numpy(),
             prediction=rows["prediction"].fillna(-1).to_numpy(),
             verdict=rows["verdict"].to_numpy(),
             radius=rows["radius"].to_numpy(),
-            guarantee=guarantee,
+            guarantee=rows["guarantee"].iloc[0],
             deploy=rows["deploy"].iloc[0],
             recipe_radius=self.recipe.radius,
             attack=attack,
@@ -333,15 +363,29 @@ class Run:
             begin=lambda balls: self.reporter.stage(f"audit ({attack.name})", balls, "ball"),
             progress=self.reporter.advance,
         )
-        timer = Timer(self, audit_stage(*of[1:], attack.name, attack.settings_digest))
-        with plain_kernels():  # the evaluations that a float-sound guarantee speaks of
-            found = audit(task)
-        timer.record()
-        words = {"attack_summary": attack.summary, "attack_limit": found.limit or None}
-        self.store.write_audits(*of, attack.name, attack.settings_digest, {**found.columns, **words})
-        self._report(found, attack)
 
-    def _report(self, found: Audit, attack: Attack) -> None:
+    def _smoothed_audit(
+        self, network: nn.Module, attack: SmoothedAttack, rows: pd.DataFrame
+    ) -> SmoothedAuditTask:
+        return SmoothedAuditTask(
+            network=network,
+            split=self.dataset.test,
+            levels=self.dataset.info.levels,
+            index=rows["index"].to_numpy(),
+            radius=rows["radius"].where(rows["prediction"] == rows["label"], 0.0).to_numpy(),
+            sigma=rows["sigma"].iloc[0],
+            alpha=rows["alpha"].iloc[0],
+            one_sided=rows["certifier"].iloc[0] in RADII,
+            exact_noise=bool(rows["exact_noise"].iloc[0]),
+            deploy=rows["deploy"].iloc[0],
+            attack=attack,
+            seed=self.recipe.seed,
+            device=self.device,
+            begin=lambda images: self.reporter.stage(f"audit ({attack.name})", images, "image"),
+            progress=self.reporter.advance,
+        )
+
+    def _report(self, found: Audit, attack: AnyAttack) -> None:
         counts = {outcome: found.count(outcome) for outcome in ("refuted", "refuted_in_float", "falsified")}
         shown = ", ".join(f"{count} {outcome.replace('_', ' ')}" for outcome, count in counts.items())
         self.reporter.say(f"{self.recipe.name}: attacked with {attack.name} ({attack.summary}): {shown}")
@@ -361,7 +405,7 @@ class Run:
     def _has_network(self) -> bool:
         return (self.folder / NETWORK).is_file()
 
-    def is_audited(self, attack: Attack | None, of: CertificateSet | None = None) -> bool:
+    def is_audited(self, attack: AnyAttack | None, of: CertificateSet | None = None) -> bool:
         return attack is None or self.store.has_audits(
             *(of or self._certificates), attack.name, attack.settings_digest
         )
@@ -445,16 +489,21 @@ class Run:
     def outcome(self) -> RunOutcome:
         """What the store holds for this run and these settings."""
         rows = self.store.certificates(*self._certificates).to_pandas()
-        audits = self.store.audits(*self._certificates).to_pandas()
-        refuted = audits.loc[audits["outcome"] == "refuted", "index"].nunique()
+        certified = float((rows["verdict"] == "certified").mean())
+        refuted, void = refutations(self.store, self._certificates)
         return RunOutcome(
             self.id,
             self.recipe,
             self.folder,
             self.store.folder,
-            clean_accuracy=float((rows["prediction"] == rows["label"]).mean()),
-            certified_accuracy=float((rows["verdict"] == "certified").mean()),
-            refuted=int(refuted) if len(audits) else None,
+            clean_accuracy=(
+                certified
+                if self.recipe.threat.norm == "l2"
+                else float((rows["prediction"] == rows["label"]).mean())
+            ),
+            certified_accuracy=certified,
+            refuted=refuted,
+            void=void,
             acr=None if rows["radius"].isna().any() else float(rows["radius"].mean()),
         )
 
@@ -495,6 +544,19 @@ class Timer:
                 "started_at": self.started_at,
             }
         )
+
+
+def refutations(store: ResultStore, of: CertificateSet) -> tuple[int | None, bool]:
+    """How many images have a refuted certificate, None where none was audited, and whether that voids them all."""
+    audits = store.audits(*of).to_pandas()
+    if audits.empty:
+        return None, False
+    refuted = audits.loc[audits["outcome"] == "refuted", "index"].nunique()
+    first = store.certificates(*of).slice(0, 1).to_pylist()[0]
+    if first["guarantee"] != "statistical":
+        return refuted, refuted > 0
+    tried = audits.loc[audits["kind"] == "certified_radius", "index"].nunique()
+    return refuted, refuted > allowed_refutations(tried, first["alpha"])
 
 
 def choose_certifier(recipe: Recipe, owned: Owned, plugins: Plugins) -> Certifier:

@@ -64,6 +64,37 @@ class Attack:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
+@dataclass(frozen=True)
+class SmoothedAttack:
+    """How statistical certificates are audited: at most ``images`` of them, evenly spread.
+
+    ``recount`` fresh draws at the image; ``steps`` of normalised gradient ascent through the average softmax of
+    ``samples`` draws, of ``reach`` radii in all; a rival from ``selection`` draws, tested on ``test`` others.
+    """
+
+    name: str
+    images: int
+    recount: int
+    steps: int
+    samples: int
+    selection: int
+    test: int
+    reach: float = 2.5
+
+    @property
+    def summary(self) -> str:
+        return (
+            f"recount of {self.recount} draws; PGD {self.steps} steps through {self.samples} draws, "
+            f"tested on {self.test}; at most {self.images} images"
+        )
+
+    @property
+    def settings_digest(self) -> str:
+        """Names all that the findings depend on besides network, images, radii and seed."""
+        content = {"numerics": NUMERICS, **asdict(self)}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
 ATTACKS: dict[str, Attack] = {}
 DEFAULT = "standard"
 
@@ -90,6 +121,30 @@ def find_attack(name: str) -> Attack:
     if name not in ATTACKS:
         raise UsageError(f"unknown attack {name!r}; {nearest(name, ATTACKS)}")
     return ATTACKS[name]
+
+
+def find_smoothed_attack(name: str) -> SmoothedAttack:
+    """The audit of statistical certificates that goes by an attack's name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in SMOOTHED:
+        raise UsageError(
+            f"attack {name!r} cannot audit statistical certificates; {' and '.join(SMOOTHED)} can"
+        )
+    return SMOOTHED[name]
+
+
+SMOOTHED = {
+    attack.name: attack
+    for attack in (
+        SmoothedAttack(DEFAULT, images=200, recount=2_000, steps=10, samples=8, selection=100, test=1_000),
+        SmoothedAttack(
+            "strong", images=1_000, recount=10_000, steps=40, samples=32, selection=200, test=5_000
+        ),
+    )
+}
 
 
 register_attack(Attack(DEFAULT, (Phase("apgd", "ce", 20), Phase("apgd", "dlr", 20))))

@@ -55,7 +55,7 @@ def command(
 
     A recipe is a name from `certbench list recipes` or a TOML file; a suite is a name from `certbench list suites`.
     What is finished is not done again; what was interrupted goes on from its last checkpoint. When one run fails,
-    the others still finish, and the exit code is 3. It is 1 when none fails and an attack refutes a certificate.
+    the others still finish, and the exit code is 3. It is 1 when none fails and an attack voids certificates.
 
     \b
     Example:
@@ -79,7 +79,7 @@ def run_all(
 
     Raises:
         UsageError: a name, key or value is wrong; nothing has been run then.
-        FoundError: an attack refuted a certificate; everything has been run and recorded then.
+        FoundError: an attack voided certificates; everything has been run and recorded then.
     """
     from certbench.plugins import installed
     from certbench.suites import Member, suites
@@ -103,7 +103,7 @@ def finish(outcomes: Sequence[RunOutcome | None], names: Sequence[str], out: str
     """Build and show the boards, then say by the exit code what became of the runs; None stands for one that failed.
 
     Raises:
-        FoundError: no run failed, and an attack refuted a certificate.
+        FoundError: no run failed, and an attack voided certificates.
     """
     from certbench.cli.leaderboard import print_boards
     from certbench.leaderboard.build import write
@@ -112,7 +112,7 @@ def finish(outcomes: Sequence[RunOutcome | None], names: Sequence[str], out: str
         print_boards(write(Path(out)).boards)
     named = list(zip(outcomes, names, strict=True))
     refuted = [
-        f"{name}: {o.refuted} refuted in run {o.run_id}" for o, name in named if o is not None and o.refuted
+        f"{name}: {o.refuted} refuted in run {o.run_id}" for o, name in named if o is not None and o.void
     ]
     found = f"certificates refuted by attacks, and their rows voided: {'; '.join(refuted)}"
     failed = [name for outcome, name in named if outcome is None]

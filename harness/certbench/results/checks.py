@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from certbench.errors import DataError
 from certbench.recipe import CORE_NUMERICS, identify
 from certbench.results.rules import parse_fraction, problems_of
+from certbench.results.smoothed import smoothed_problems
 from certbench.threat import round_down, round_up
 
 if TYPE_CHECKING:
@@ -38,7 +39,12 @@ class CrossCheck:
             return [f"run {run_id}: has certificates but no row in runs"]
         run = self._runs[run_id]
         certifier = shard.column("certifier")[0].as_py()
-        found = [*_uniform(shard), *_radii(shard, run), *self._same_images(shard, run)]
+        found = [
+            *_uniform(shard),
+            *_radii(shard, run),
+            *smoothed_problems(shard, run),
+            *self._same_images(shard, run),
+        ]
         return [f"run {run_id}, certifier {certifier}: {problem}" for problem in found]
 
     def _same_images(self, shard: pa.Table, run: Mapping[str, Any]) -> Iterator[str]:
@@ -64,7 +70,7 @@ def audit_problems(audits: pa.Table, certificates: pa.Table, run: Mapping[str, A
     where = f"run {run['run_id']}, certifier {audits.column('certifier')[0].as_py()}"
     wanted = ["index", "label", "prediction", "verdict", "radius"]
     both = audits.join(certificates.select(wanted), keys="index", join_type="left outer")
-    own = pc.equal(both.column("kind"), "certified_radius")
+    own = pc.is_in(both.column("kind"), pa.array(["certified_radius", "recount"]))
     certified = pc.equal(both.column("verdict"), "certified")
     outcome, ball = both.column("outcome"), both.column("ball_radius")
     asked = round_down(parse_fraction(run["radius"])) if run["radius"] is not None else math.nan

@@ -26,7 +26,7 @@ WITNESSED = ("falsified", "falsified_in_float", "refuted", "refuted_in_float")
 """Outcomes of balls in which an attack found a flip."""
 UNDECIDED = ("error", "not_attacked")
 """Outcomes of balls that another try may decide."""
-KINDS = ("recipe_radius", "certified_radius")
+KINDS = ("recipe_radius", "certified_radius", "recount")
 FAILURES = ("error", "timeout", "not_run")
 """Verdicts of images that were not decided: no radius, and no prediction, need be known."""
 

@@ -124,9 +124,10 @@ AUDITS = TableSpec(
     version=2,
 )
 """One row per image, attack and ``kind`` of ball: ``recipe_radius`` for every correct image, ``certified_radius`` for
-every image with a proved radius. ``found``: the attack flipped the deployed network; ``outcome`` says at which level
-that holds. ``distance`` is that of the witness, rounded up. ``attack_summary`` says in words what the settings digest
-names, ``attack_limit`` why no witness could be confirmed, if so. They stand beside certificates and never change them."""
+every image with a proved radius, and of a statistical one also ``recount``: fresh draws at the image itself. ``found``:
+the attack flipped the deployed network; ``outcome`` says at which level that holds. ``distance`` is that of the witness,
+rounded up. ``attack_summary`` says in words what the settings digest names, ``attack_limit`` why no witness could be
+confirmed, if so. They stand beside certificates and never change them."""
 
 TIMINGS = TableSpec(
     name="timings",

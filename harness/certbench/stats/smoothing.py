@@ -12,13 +12,17 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special, stats
 
-from certbench.stats.binomial import lower_bound, upper_bound
+from certbench.stats.binomial import lower_bound, quantile, upper_bound
 from certbench.stats.evalue import anytime_lower_bound, log_e_above
 
 Floats = NDArray[np.float64]
 
 GUARD = 1e-9
 """Taken off every radius, in units of sigma: more than float64 errs in Phi^-1 and its argument."""
+
+
+VOID_LEVEL = 0.001
+"""A sound statistical row is voided with at most this probability."""
 
 
 def radius_of(lower: ArrayLike, sigma: float) -> Floats:
@@ -89,6 +93,15 @@ def proves_anytime(
     return np.asarray(log_e_above(k, n, p) >= -np.log(alpha))
 
 
+PROOFS: dict[str, Callable[[ArrayLike, ArrayLike, float, float, ArrayLike], NDArray[np.bool_]]] = {
+    "smoothing": proves_fixed,
+    "smoothing-label": proves_fixed,
+    "smoothing-sequential": proves_anytime,
+    "smoothing-sequential-label": proves_anytime,
+}
+"""Whether (k, n, alpha, sigma) prove a radius, by certifier."""
+
+
 def predicted_class(counts: ArrayLike, alpha: float) -> NDArray[np.int64]:
     """PREDICT: the class of each row of ``counts`` (images, classes), or -1 to abstain.
 
@@ -123,10 +136,9 @@ def familywise_level(alpha: float, images: int) -> float:
     return min(1.0, alpha * images)
 
 
-def allowed_refutations(images: int, alpha: float, confidence: float = 0.999) -> int:
-    """How many of ``images`` certificates an audit may refute before the row is void.
+def allowed_refutations(images: int, alpha: float) -> int:
+    """How many of ``images`` certificates an audit may refute before their row is void.
 
-    Each may err with probability ``alpha``, so as many as the ``confidence`` quantile of Bin(images, alpha) are no
-    evidence against the certifier.
+    Each may err with probability ``alpha``: a sound row is voided with probability 0.001 at most.
     """
-    return int(stats.binom.ppf(confidence, images, alpha)) if images else 0
+    return quantile(images, alpha, 1 - VOID_LEVEL) if images else 0

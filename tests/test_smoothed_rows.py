@@ -1,0 +1,170 @@
+"""Statistical rows after they are made: their radii follow from their counts, and an audit finds inflated ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from torch import Tensor, nn
+
+from certbench.audit.registry import SmoothedAttack, find_smoothed_attack
+from certbench.audit.statistical import SmoothedAuditTask, audit_smoothed
+from certbench.data.dataset import Split
+from certbench.errors import RunError, UsageError
+from certbench.results.smoothed import smoothed_problems
+from certbench.stats.smoothing import anytime_radius, fixed_radius, two_sided_radius
+
+SIGMA, ALPHA = 0.5, 0.001
+
+# Rows and their counts ---------------------------------------------------------------------------------------------
+
+
+def shard(certifier: str, /, **changes: Any) -> pa.Table:
+    k, n = np.array([950, 800, 300]), np.array([1000, 1000, 1000])
+    radius = {
+        "smoothing": lambda: fixed_radius(k, n, ALPHA, SIGMA),
+        "smoothing-sequential": lambda: anytime_radius(k, n, ALPHA, SIGMA),
+        "smoothing-two-sided": lambda: two_sided_radius(k, n, ALPHA, SIGMA, [20, 100, 600], 10),
+    }[certifier]()
+    columns = {
+        "certifier": [certifier] * 3,
+        "index": [0, 20, 40],
+        "sigma": [SIGMA] * 3,
+        "alpha": [ALPHA] * 3,
+        "n0": [100] * 3,
+        "n": n,
+        "k": k,
+        "draws": [1100, 1100, 1500],
+        "radius": radius,
+        "proved_by": [f"clopper-pearson; rival {c} of 10" for c in (20, 100, 600)],
+        "stop_reason": ["fixed"] * 3,
+        "generator_key": ["key"] * 3,
+        "exact_noise": [False] * 3,
+    }
+    return pa.table(columns | changes)
+
+
+CERTIFIERS = ["smoothing", "smoothing-sequential", "smoothing-two-sided"]
+
+
+@pytest.mark.parametrize("certifier", CERTIFIERS)
+def test_rows_that_follow_from_their_counts_are_in_order(certifier: str) -> None:
+    assert list(smoothed_problems(shard(certifier), {"sigma": SIGMA})) == []
+
+
+@pytest.mark.parametrize("certifier", CERTIFIERS)
+def test_a_radius_a_little_too_large_is_reported(certifier: str) -> None:
+    radius = shard(certifier).column("radius").to_numpy().copy()
+    radius[1] += 1e-8
+    (problem,) = smoothed_problems(shard(certifier, radius=radius), {"sigma": SIGMA})
+    assert problem == "image 20 has a radius that its counts do not prove"
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"k": pa.array([950, None, 300])}, "lacks k"),
+        ({"generator_key": pa.array([None, "a", "b"])}, "lacks generator_key"),
+        ({"k": [950, 790, 300]}, "image 20 has a radius that its counts do not prove"),
+        ({"draws": [1000, 1100, 1500]}, "image 0 counts more draws"),
+        ({"sigma": [SIGMA, SIGMA, 1.0]}, "image 40 has another sigma"),
+        ({"alpha": [ALPHA, ALPHA, 0.01]}, "image 40 has an alpha of its own"),
+    ],
+)
+def test_rows_that_do_not_follow_are_reported(changes: dict[str, Any], problem: str) -> None:
+    (found,) = smoothed_problems(shard("smoothing", **changes), {"sigma": SIGMA})
+    assert found.startswith(problem)
+
+
+def test_certificates_of_plugins_certifiers_are_left_to_them() -> None:
+    table = shard("smoothing", certifier=["of-a-plugin"] * 3, k=pa.nulls(3, pa.int64()))
+    assert list(smoothed_problems(table, {"sigma": SIGMA})) == []
+
+
+# Audit -------------------------------------------------------------------------------------------------------------
+
+QUICK = SmoothedAttack("quick", images=30, recount=2_000, steps=4, samples=8, selection=50, test=1_000)
+
+
+class Halfspace(nn.Module):
+    """Class 0 below 1/2 of the first pixel, class 1 above; images of zeros lie at distance 1/2 of the boundary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = (x[:, 0, 0, 0] - 0.5) * self.scale
+        return torch.stack([-first, first, first * 0 - 5], 1)
+
+
+def asked(radius: float, count: int = 40, /, **changes: Any) -> SmoothedAuditTask:
+    fields: dict[str, Any] = {
+        "network": Halfspace(),
+        "split": Split(torch.zeros(count, 1, 2, 2, dtype=torch.uint8), torch.zeros(count, dtype=torch.int64)),
+        "levels": 255,
+        "index": np.arange(count),
+        "radius": np.full(count, radius),
+        "sigma": SIGMA,
+        "alpha": ALPHA,
+        "one_sided": True,
+        "exact_noise": False,
+        "deploy": "float32",
+        "attack": QUICK,
+        "seed": 0,
+        "device": torch.device("cpu"),
+    }
+    return SmoothedAuditTask(**(fields | changes))
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_sound_certificates_hold(exact: bool) -> None:
+    found = audit_smoothed(asked(0.49, exact_noise=exact))
+    columns = found.columns
+    assert len(columns["index"]) == 60 and columns["index"][0] == 0 and columns["index"][-1] == 39
+    assert set(columns["kind"]) == {"certified_radius", "recount"}
+    assert set(columns["outcome"]) == {"held"} and not columns["found"].any()
+    assert np.isnan(columns["distance"]).all()
+
+
+@pytest.mark.parametrize("changes", [{}, {"exact_noise": True}, {"deploy": "bf16"}])
+def test_inflated_radii_are_refuted_at_the_image_and_in_the_ball(changes: dict[str, Any]) -> None:
+    columns = audit_smoothed(asked(0.65, **changes)).columns
+    attack, recount = columns["kind"] == "certified_radius", columns["kind"] == "recount"
+    assert (columns["outcome"][attack] == "refuted").mean() > 0.9
+    assert (columns["outcome"][recount] == "refuted").mean() > 0.9
+    far = columns["distance"][attack & columns["found"]]
+    assert (far > 0.5).all() and (far < 0.65).all()
+    assert (columns["distance"][recount & columns["found"]] == 0).all()
+
+
+def test_an_attack_refutes_where_no_count_was_claimed() -> None:
+    columns = audit_smoothed(asked(0.65, one_sided=False)).columns
+    recount = columns["kind"] == "recount"
+    assert set(columns["outcome"][recount]) == {"not_attacked"}
+    assert (columns["outcome"][~recount] == "refuted").all()
+
+
+def test_an_audit_is_a_function_of_its_seed() -> None:
+    one, two, other = (audit_smoothed(asked(0.58, seed=seed)).columns for seed in (0, 0, 1))
+    for name, column in one.items():
+        np.testing.assert_array_equal(column, two[name])
+    assert any(
+        (column != other[name]).any() for name, column in one.items() if name in ("distance", "outcome")
+    )
+
+
+def test_what_claims_nothing_is_not_attacked_and_bad_labels_are_refused() -> None:
+    radius = np.where(np.arange(40) < 3, 0.4, 0.0)
+    columns = audit_smoothed(asked(0.0, radius=radius)).columns
+    assert set(columns["index"]) == {0, 1, 2}
+    wrong = Split(torch.zeros(2, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, 7]))
+    with pytest.raises(RunError, match="label 7"):
+        audit_smoothed(asked(0.4, 2, split=wrong))
+    with pytest.raises(RunError, match="tf32"):
+        audit_smoothed(asked(0.4, deploy="tf32"))
+    with pytest.raises(UsageError, match="standard and strong can"):
+        find_smoothed_attack("pgd")
