@@ -17,14 +17,21 @@ from torch.utils.flop_counter import FlopCounterMode
 from certbench.bounds.backward import BACKWARD
 from certbench.bounds.box import Box
 from certbench.bounds.graph import Graph, Node, Ref
+from certbench.bounds.sound.deployment import SLACK_RULES, SOUND_RULES
 from certbench.bounds.tape import PLAIN
-from certbench.bounds.sound import SOUND_RULES
 from certbench.bounds.trace import trace
 from certbench.errors import UsageError
 from certbench.models.fold import deployed_network
 
-FLOAT_SOUND = "ibp (float-sound)"
-BOUNDS = (FLOAT_SOUND, "ibp", "crown-ibp", "crown", "alpha-crown")
+LINEAR = ("crown-ibp", "crown", "alpha-crown")
+
+
+def float_sound(bound: str) -> str:
+    """The name of a bound that covers the round-off of the deployed network."""
+    return f"{bound} (float-sound)"
+
+
+BOUNDS = tuple(name for bound in ("ibp", *LINEAR) for name in (float_sound(bound), bound))
 
 
 @dataclass(frozen=True)
@@ -42,10 +49,7 @@ class Applicability:
     def refusal(self, certifier: str, guarantee: str | None) -> str:
         """Why a certifier, or one of a cascade, does not apply; empty where nothing is known against it."""
         for name in certifier.split(">"):
-            sound = f"{name} (float-sound)"
-            reason = self.refusals.get(
-                sound if guarantee == "float_sound" and sound in self.refusals else name
-            )
+            reason = self.refusals.get(float_sound(name) if guarantee == "float_sound" else name)
             if reason:
                 return reason
         return ""
@@ -69,7 +73,10 @@ def applicability(network: nn.Module, shape: tuple[int, ...]) -> Applicability:
         return Applicability(dict.fromkeys(BOUNDS, str(error)), structure_digest(network, None))
     sound = _first_without(found.nodes, set(SOUND_RULES), "float-sound rule")
     linear = _first_without(found.nodes, BACKWARD.keys() | PLAIN, "rule for linear bounds")
-    refusals = dict.fromkeys(BOUNDS, linear) | {FLOAT_SOUND: sound, "ibp": ""}
+    slack = _first_without(found.nodes, SLACK_RULES.keys() | PLAIN, "slack rule for float-sound linear bounds")
+    refusals = {float_sound("ibp"): sound, "ibp": ""}
+    for bound in LINEAR:
+        refusals |= {float_sound(bound): sound or linear or slack, bound: linear}
     cost = found.cost()
     applies = {name: cost[name] for name in cost if not refusals[name]}
     return Applicability(refusals, structure_digest(network, graph), applies)
