@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 from tabulate import tabulate
 
-from certbench.leaderboard.board import Board, Row
-from certbench.leaderboard.tables import MARKER, escape_markdown
+from certbench.leaderboard.board import Board
+from certbench.leaderboard.row import Row
+from certbench.leaderboard.escape import escape_markdown
+from certbench.leaderboard.tables import MARKER
 from certbench.recipe import RADIUS_TOLERANCE
 from certbench.results.store import ResultStore
 from certbench.stats.fronts import Comparison, Estimate, Floats, Sweep, compare, hypervolume, nondominated
