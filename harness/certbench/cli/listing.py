@@ -58,7 +58,12 @@ def _suites() -> Rows:
     from certbench.suites import suites
 
     return [
-        {"name": suite.name, "summary": suite.summary, "runs": [member.name for member in suite.members]}
+        {
+            "name": suite.name,
+            "size": len(suite.members),
+            "summary": suite.summary,
+            "runs": [member.name for member in suite.members],
+        }
         for suite in suites(installed()).values()
     ]
 
@@ -159,7 +164,11 @@ def command(kind: str, name: str | None, dataset: str | None, as_json: bool) -> 
     from rich.console import Console
     from rich.table import Table
 
-    shown = {"methods": ["name", "norm", "guarantee", "certifier", "summary"]}.get(kind, list(rows[0]))
+    columns = {
+        "methods": ["name", "norm", "guarantee", "certifier", "summary"],
+        "suites": ["name", "size", "summary"],
+    }
+    shown = columns.get(kind, list(rows[0]))
     table = Table(box=None, pad_edge=False)
     for column in shown:
         table.add_column(column, no_wrap=column == "name")
