@@ -56,7 +56,9 @@ def make_store(folder: Path, runs: int, images: int = 10_000, audited: bool = Fa
     generator = np.random.default_rng(20210312)
     difficulty = generator.normal(size=images)
     labels = generator.integers(0, 10, images).astype(np.int32)
-    digests = {d: [hashlib.sha256(f"{d}{i}".encode()).hexdigest()[:16] for i in range(images)] for d, *_ in PLACES}
+    digests = {
+        d: [hashlib.sha256(f"{d}{i}".encode()).hexdigest()[:16] for i in range(images)] for d, *_ in PLACES
+    }
     for number in range(runs):
         place = PLACES[number % len(PLACES)]
         method, seed = divmod(number // len(PLACES), 3)
@@ -84,14 +86,16 @@ def make_store(folder: Path, runs: int, images: int = 10_000, audited: bool = Fa
 
 
 def bounded(strength: np.ndarray, labels: np.ndarray, place: tuple[Any, ...]) -> dict[str, Any]:
-    from certbench.threat import round_down
     from certbench.results.rules import parse_fraction
+    from certbench.threat import round_down
 
     radius = parse_fraction(place[2])
     right = strength > -1.0
     certified = strength > 0.6
     found = np.clip(strength + 1, 0, 3) / 3 * float(radius) * 2
-    found = np.where(certified, np.maximum(found, round_down(radius)), np.minimum(found, 0.99 * float(radius)))
+    found = np.where(
+        certified, np.maximum(found, round_down(radius)), np.minimum(found, 0.99 * float(radius))
+    )
     return {
         "certifier": "ibp",
         "prediction": np.where(right, labels, (labels + 1) % 10),
@@ -137,7 +141,14 @@ def write_run(
     threat = {"norm": norm, "radius": radius} if radius else {"norm": norm, "sigma": sigma}
     train = {"epochs": 10 + int(method[-2:])}
     name = f"{method}/{dataset}-{norm}-{(radius or str(sigma)).replace('/', '-')}"
-    recipe = {"name": name, "dataset": dataset, "model": "cnn7", "seed": seed, "threat": threat, "train": train}
+    recipe = {
+        "name": name,
+        "dataset": dataset,
+        "model": "cnn7",
+        "seed": seed,
+        "threat": threat,
+        "train": train,
+    }
     recipe["method"] = {"name": method}
     cap = None
     if radius:
@@ -172,15 +183,21 @@ def write_run(
     put(folder, RUNS, run_id, columns)
     certifier = "ibp" if norm == "linf" else "smoothing"
     for stage, seconds in (("train", 900.0 + number), (f"certify-{certifier}-{SETTINGS[:8]}", 20.0)):
-        timing = {"run_id": [run_id], "stage": stage, "shard": 0, "seconds": seconds, "device": "cpu, 2 threads"}
+        timing = {
+            "run_id": [run_id],
+            "stage": stage,
+            "shard": 0,
+            "seconds": seconds,
+            "device": "cpu, 2 threads",
+        }
         put(folder, TIMINGS, f"{run_id}-{stage}", timing | {"started_at": "2026-01-01T00:00:00+00:00"})
 
 
 def write_audits(
     folder: Path, number: int, columns: dict[str, Any], labels: np.ndarray, place: tuple[Any, ...]
 ) -> None:
-    from certbench.threat import round_down
     from certbench.results.rules import parse_fraction
+    from certbench.threat import round_down
 
     right = np.flatnonzero(columns["prediction"] == labels).astype(np.int32)
     own = np.flatnonzero(columns["radius"] > 0).astype(np.int32)
@@ -216,7 +233,9 @@ def build(folder: Path, page: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", default="100,300,1000")
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--audited", action="store_true", help="two audit rows for every certificate as well")

@@ -10,10 +10,10 @@ import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from stores import REFERENCE, SETTINGS, C, M, T, U, add, time
 
 from certbench.cli.leaderboard import command
 from certbench.errors import DataError, FoundError, RunError, UsageError
@@ -25,108 +25,10 @@ from certbench.leaderboard.metrics import measure
 from certbench.leaderboard.records import records
 from certbench.leaderboard.tables import markdown, plain
 from certbench.leaderboard.terminal import show_board
-from certbench.threat import round_down
 from certbench.plugins import Plugins
 from certbench.results.schema import CERTIFICATES
 from certbench.results.store import ResultStore, certify_stage
 from certbench.threat import round_up
-
-SETTINGS = "feedc0de" * 8
-REFERENCE = {
-    "source": "arXiv 2103.17268, Table 1",
-    "clean_error": 51.72,
-    "certified_error": 65.58,
-    "certified_error_spread": 0.4,
-}
-LABELS = [0, 1, 2, 3, 4, 5, 6, 7]
-C, U, M, T = "certified", "unknown", "misclassified", "timeout"
-
-
-def add(
-    folder: Path,
-    run: str,
-    verdicts: list[str],
-    *,
-    seed: int = 0,
-    certifier: str = "ibp",
-    radius: str = "1/10",
-    cap: str | None = None,
-    reference: dict[str, Any] | None = None,
-    train: dict[str, Any] | None = None,
-    **changes: Any,
-) -> None:
-    """One run whose images get these verdicts: certified at the radius, unknown at half of it."""
-    store = ResultStore(folder / "results")
-    dataset, model, method = (
-        changes.get("dataset", "mnist"),
-        changes.get("model", "cnn7"),
-        changes.get("method", "fast-ibp"),
-    )
-    recipe = {
-        "seed": seed,
-        "dataset": dataset,
-        "model": model,
-        "method": {"name": method},
-        "threat": {"norm": "linf", "radius": radius},
-        "train": train or {"epochs": 70},
-        "reference": reference,
-    }
-    exact = Fraction(radius)
-    row = {
-        "run_id": run * 16,
-        "protocol": "linf-1",
-        "method": method,
-        "plugin": "certbench-fast-ibp",
-        "plugin_version": "0.1.0",
-        "numerics": 1,
-        "dataset": dataset,
-        "dataset_digest": f"digest of {dataset}",
-        "model": model,
-        "parameters": 10,
-        "norm": "linf",
-        "radius": radius,
-        "cap": cap or radius,
-        "seed": seed,
-        "recipe_name": f"{method}/{dataset}",
-        "recipe": json.dumps(recipe, sort_keys=True, separators=(",", ":")),
-        "checkpoint_digest": "c" * 64,
-        "epochs": recipe["train"]["epochs"],
-        "torch_version": "2.11.0",
-        "python_version": "3.11.9",
-        "certbench_version": "0.1.0",
-    }
-    store.write_run(row | changes)
-    radii = {C: round_down(exact), U: float(exact / 2), M: 0.0, T: math.nan}
-    count = len(verdicts)
-    store.write_certificates(
-        run * 16,
-        certifier,
-        SETTINGS,
-        {
-            "index": list(range(count)),
-            "image_digest": [f"{dataset}{i}" for i in range(count)],
-            "label": LABELS[:count],
-            "prediction": [{M: 9, T: -1}.get(v, label) for v, label in zip(verdicts, LABELS, strict=False)],
-            "verdict": verdicts,
-            "radius": [radii[v] for v in verdicts],
-            "margin": [1.0 if v == C else -1.0 for v in verdicts],
-            "guarantee": "real_arith",
-            "deploy": "float32",
-            "proved_by": ["ibp" if v == C else "" for v in verdicts],
-            "passes": 2,
-        },
-    )
-
-
-def time(folder: Path, run: str, stage: str, seconds: float, second: int = 0, device: str = "cpu") -> None:
-    row = {
-        "run_id": run * 16,
-        "stage": stage,
-        "seconds": seconds,
-        "device": device,
-        "started_at": f"2026-01-01T00:00:{second:02}+00:00",
-    }
-    ResultStore(folder / "results").write_timing(row)
 
 
 @pytest.fixture(autouse=True)

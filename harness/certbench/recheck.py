@@ -129,7 +129,9 @@ def _certified(run: Run, network: nn.Module, chosen: Sequence[int]) -> Iterator[
         except CertbenchError:
             raise
         except Exception as error:  # a plugin's own certifier may raise anything
-            raise RunError(f"{run.recipe.name}: its certifier failed: {type(error).__name__}: {error}") from error
+            raise RunError(
+                f"{run.recipe.name}: its certifier failed: {type(error).__name__}: {error}"
+            ) from error
         for part in parts:
             yield pd.DataFrame(
                 {name: getattr(part, name) for name in ("index", "prediction", "verdict", "radius")}

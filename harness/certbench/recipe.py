@@ -359,9 +359,7 @@ def run_id(recipe: Recipe, data_digest: str, method_numerics: int) -> str:
     return identify(recipe.canonical(), data_digest, (CORE_NUMERICS, method_numerics), recipe.protocol)
 
 
-def identify(
-    content: Mapping[str, Any], data_digest: str, numerics: tuple[int, int], protocol: str
-) -> str:
+def identify(content: Mapping[str, Any], data_digest: str, numerics: tuple[int, int], protocol: str) -> str:
     """The run id of a canonical recipe, from plain values: rows can be checked without the plugin that made them."""
     identity = {
         "recipe": {key: value for key, value in content.items() if key not in ("name", "reference")},

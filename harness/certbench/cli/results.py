@@ -162,14 +162,18 @@ def export(bundle: Path, runs: tuple[str, ...], submitter: str, out: Path) -> No
 
 @command.command(name="import")
 @click.argument("bundle", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--recheck", default=0, type=click.IntRange(min=0), metavar="N", help="Make N certificates again.")
+@click.option(
+    "--recheck", default=0, type=click.IntRange(min=0), metavar="N", help="Make N certificates again."
+)
 @click.option(
     "--checkpoint",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
     help="The network of the run to re-check, as safetensors.",
 )
-@click.option("--data", default=None, metavar="DIR", help="Folder of the data sets [default: $CERTBENCH_DATA].")
+@click.option(
+    "--data", default=None, metavar="DIR", help="Folder of the data sets [default: $CERTBENCH_DATA]."
+)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @_OUT
 def import_(
@@ -286,7 +290,9 @@ def _one(store: ResultStore, prefix: str) -> str:
     found = [path.stem for path in store.paths("runs") if prefix and path.stem.startswith(prefix)]
     if len(found) != 1:
         what = "no run" if not found else f"{len(found)} runs"
-        raise UsageError(f"{what} in {store.folder} begins with {prefix!r}; `certbench results list` shows all")
+        raise UsageError(
+            f"{what} in {store.folder} begins with {prefix!r}; `certbench results list` shows all"
+        )
     return found[0]
 
 

@@ -107,7 +107,9 @@ def _board(
     }
     rows = rows_of(members, expected, dict.fromkeys([*radii, *sorted(published)]))
     stand = ranked([row for row in rows if not row.void])
-    both = [replace(row, published=beside(row, size, notes)) for row in [*stand, *(r for r in rows if r.void)]]
+    both = [
+        replace(row, published=beside(row, size, notes)) for row in [*stand, *(r for r in rows if r.void)]
+    ]
     both.sort(key=order)
     rows_that_stand, voided = (tuple(r for r in both if r.void is void) for void in (False, True))
     return Board(name, protocol, dataset, norm, size, rows_that_stand, voided, radii)

@@ -46,7 +46,9 @@ def columns(board: Board) -> list[Column]:
 def _bounded() -> list[Column]:
     return [
         Column("clean %", lambda row: percent(row.clean), _published("clean", 2), best="clean"),
-        Column("certified %", lambda row: percent(row.certified), _published("certified", 2), best="certified"),
+        Column(
+            "certified %", lambda row: percent(row.certified), _published("certified", 2), best="certified"
+        ),
         Column("attacked %", lambda row: percent(row.attacked)),
         Column("audit", audit),
         Column("ACR", lambda row: figure(row.acr, 4) or "incomplete", _published("acr", 4)),
@@ -93,7 +95,11 @@ def _differences(board: Board) -> list[Column]:
     def difference(metric: str, digits: int) -> Callable[[Published], str]:
         return lambda published: compared(published, metric, digits)
 
-    shown = [("Δ ACR", "acr", 4)] if board.smoothed else [("Δ clean", "clean", 2), ("Δ certified", "certified", 2)]
+    shown = (
+        [("Δ ACR", "acr", 4)]
+        if board.smoothed
+        else [("Δ clean", "clean", 2), ("Δ certified", "certified", 2)]
+    )
     return [Column(header, lambda _: "", difference(metric, digits)) for header, metric, digits in shown]
 
 

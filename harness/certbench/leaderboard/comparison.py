@@ -119,9 +119,7 @@ def reproduction(rows: Sequence[tuple[str, Row]], notes: Notes) -> list[Cell]:
 def measure_of(figure: PublishedFigure) -> tuple[str, Figure]:
     """The metric a published cell is about, and its value as boards write it: errors become accuracies."""
     name = {"clean_error": "clean", "clean_accuracy": "clean", "acr": "acr"}.get(figure.metric, "certified")
-    value = (
-        float(100 - decimal(figure.value)) if figure.metric.endswith("error") else float(figure.value)
-    )
+    value = float(100 - decimal(figure.value)) if figure.metric.endswith("error") else float(figure.value)
     metric = f"{float(figure.at):g}" if figure.at is not None else name
     return metric, Figure(value, figure.spread)
 

@@ -85,7 +85,9 @@ def _ranks(board: Board) -> Iterable[str]:
     several = any(len(row.seeds) > 1 for row in standing)
     by = "ACR" if board.smoothed else "certified accuracy"
     test = (
-        "the paired bootstrap over images nested in seeds" if several or board.smoothed else "McNemar's exact test"
+        "the paired bootstrap over images nested in seeds"
+        if several or board.smoothed
+        else "McNemar's exact test"
     )
     yield (
         f"rank: by {by}, 1 + the number of rows that are significantly better, to the number of rows less those that "

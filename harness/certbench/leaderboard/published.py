@@ -99,7 +99,7 @@ class Notes(Strict):
     """The content of ``methods.json``."""
 
     derived: str = _DERIVED
-    methods: dict[str, MethodNotes] = {}
+    methods: dict[str, MethodNotes] = Field(default_factory=dict)
 
     def figures(self) -> list[tuple[str, PublishedFigure]]:
         """Every published figure with its source, in a fixed order."""
@@ -174,7 +174,9 @@ def read_published(card: MethodCard, methods: Collection[str] = ()) -> tuple[Pub
             content = _read_file(file, f"published figures of {card.name}, {file.name}")
             stray = sorted({figure.method for figure in content.figures} - {card.name, *methods})
             if stray:
-                raise DataError(f"{file.name}: no method {stray[0]!r} is in the plugin that brings {card.name}")
+                raise DataError(
+                    f"{file.name}: no method {stray[0]!r} is in the plugin that brings {card.name}"
+                )
             own = tuple(figure for figure in content.figures if figure.method == card.name)
             found.append(PublishedFile(source=content.source, figures=own))
     return tuple(content for content in found if content.figures)

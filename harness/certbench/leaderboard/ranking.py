@@ -94,6 +94,4 @@ def _acr(row: Row) -> Figure:
 
 def _standings(places: Places, means: NDArray[np.float64], p: NDArray[np.float64]) -> dict[int, Standing]:
     ranges = rank_ranges(means, p)
-    return {
-        place: Standing(*ranks, of=len(places)) for place, ranks in zip(places, ranges, strict=True)
-    }
+    return {place: Standing(*ranks, of=len(places)) for place, ranks in zip(places, ranges, strict=True)}

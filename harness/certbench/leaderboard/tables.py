@@ -150,7 +150,10 @@ def latex(board: Board) -> str:
     if board.voided:
         parts += [r"\par\smallskip\noindent Voided:", _tabular(board.voided, shown)]
     notes = [escape.latex(line) for line in (*map(voided, board.voided), *foot(board))]
-    return "\n".join([*parts, r"\par\smallskip{\footnotesize\noindent", *(f"{n}\\\\" for n in notes), "}"]) + "\n"
+    return (
+        "\n".join([*parts, r"\par\smallskip{\footnotesize\noindent", *(f"{n}\\\\" for n in notes), "}"])
+        + "\n"
+    )
 
 
 def _tabular(rows: Iterable[Row], shown: Sequence[Column]) -> str:
@@ -210,6 +213,6 @@ def title(board: Board) -> str:
 def beneath(board: Board) -> list[str]:
     """What stands below a board in a terminal: how it was attacked, and a line for every voided row."""
     attacked = [line for line in foot(board) if line.startswith("Attacked with")]
-    return [escape.printable(line) for line in (*attacked, *(f"Voided: {voided(row)}" for row in board.voided))]
-
-
+    return [
+        escape.printable(line) for line in (*attacked, *(f"Voided: {voided(row)}" for row in board.voided))
+    ]

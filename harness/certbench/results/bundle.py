@@ -138,7 +138,9 @@ class Refused(DataError):
     """A bundle is not taken; ``reasons`` are all that were found."""
 
     def __init__(self, where: str, reasons: Sequence[str]) -> None:
-        super().__init__(f"{where} is refused, for {len(reasons)} reason{'s' if len(reasons) > 1 else ''}: {reasons[0]}")
+        super().__init__(
+            f"{where} is refused, for {len(reasons)} reason{'s' if len(reasons) > 1 else ''}: {reasons[0]}"
+        )
         self.reasons = tuple(reasons)
 
 
@@ -154,7 +156,9 @@ def unpack(path: Path, into: Path) -> Unpacked:
     reasons = []
     for table, content in files:
         problems = list(_take(store, table, content))
-        reasons += [f"{table} file {hashlib.sha256(content).hexdigest()[:16]}: {problem}" for problem in problems]
+        reasons += [
+            f"{table} file {hashlib.sha256(content).hexdigest()[:16]}: {problem}" for problem in problems
+        ]
     if not reasons:
         reasons = [_without(into, line) for line in check_store(store, identities=True)]
         found = sorted(row["run_id"] for row in store.read("runs").to_pylist())
@@ -250,7 +254,11 @@ def _bounded(content: bytes, spec: TableSpec) -> None:
         file = pq.ParquetFile(pa.BufferReader(content))
         rows, groups = file.metadata.num_rows, file.metadata.num_row_groups
         unpacked = sum(file.metadata.row_group(group).total_byte_size for group in range(min(groups, 1000)))
-        if groups > 1000 or rows > (MAX_FILES if spec is BUNDLE else MAX_ROWS) or unpacked > MAX_UNPACKED_BYTES:
+        if (
+            groups > 1000
+            or rows > (MAX_FILES if spec is BUNDLE else MAX_ROWS)
+            or unpacked > MAX_UNPACKED_BYTES
+        ):
             raise DataError(f"unfolds to {rows} rows and {unpacked} bytes, more than a {spec.name} file may")
         texts = [field.name for field in file.schema_arrow if pa.types.is_string(field.type)]
         encoded = pq.ParquetFile(pa.BufferReader(content), read_dictionary=texts)

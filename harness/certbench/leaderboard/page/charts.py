@@ -29,7 +29,12 @@ DRAWN = 40
 """Rows that are drawn at all: beyond these a chart is a blot."""
 _WIDTH, _HEIGHT = 340, 230
 _PADDING = {"left": 48, "top": 10, "right": 14, "bottom": 44}
-_INK = {"#b00000": "var(--ink)", "#b00001": "var(--grid)", "#b00002": "var(--muted)", "#b00003": "var(--paper)"}
+_INK = {
+    "#b00000": "var(--ink)",
+    "#b00001": "var(--grid)",
+    "#b00002": "var(--muted)",
+    "#b00003": "var(--paper)",
+}
 _COLOURS = {f"#a0000{slot}": f"var(--s{slot})" for slot in range(SERIES + 1)}
 
 
@@ -73,7 +78,11 @@ def charts(board: Board) -> list[Chart]:
         ),
         _front(rows, board, lambda row: row.train_seconds, "training, s", f"Cost of training against {unit}"),
         _front(
-            rows, board, lambda row: row.certify_seconds, "certification, s", f"Cost of certification against {unit}"
+            rows,
+            board,
+            lambda row: row.certify_seconds,
+            "certification, s",
+            f"Cost of certification against {unit}",
         ),
         _hits(rows),
     ]
@@ -100,7 +109,12 @@ def _curves(rows: Placed) -> Chart | None:
 
 
 def _front(
-    rows: Placed, board: Board, measure: Callable[[Row], float | None], x_title: str, title: str, sense: int = -1
+    rows: Placed,
+    board: Board,
+    measure: Callable[[Row], float | None],
+    x_title: str,
+    title: str,
+    sense: int = -1,
 ) -> Chart | None:
     """``sense`` is 1 where a larger x is better. A dominated row is hollow; a line joins the others."""
     points = [
@@ -253,7 +267,9 @@ _EMPTY = re.compile(r'<path d="(?:M0,0h0v0h0Z)?"/>|<g></g>|<path[^>]* d=""/>|<g/
 def _lean(svg: str) -> str:
     """The drawing with the page's colours, and without what only scripts of Vega would use: half the size."""
     svg = _NOISE.sub("", svg)
-    svg = re.sub(r'(?<==")[^"]*', lambda value: _NUMBER.sub(_tenth, value.group()), svg)  # attributes, not labels
+    svg = re.sub(
+        r'(?<==")[^"]*', lambda value: _NUMBER.sub(_tenth, value.group()), svg
+    )  # attributes, not labels
     before = ""
     while before != svg:
         before, svg = svg, _EMPTY.sub("", svg)
@@ -269,4 +285,3 @@ def _tenth(number: re.Match[str]) -> str:
 def _opening(found: re.Match[str]) -> str:
     width, height = found.groups()
     return f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" aria-hidden="true">'
-

@@ -195,9 +195,7 @@ def _details(row: Row, board: Board) -> list[tuple[str, list[tuple[str, str]]]]:
         ("rank, certified", "" if board.smoothed else c.rank(row.standing)),
         ("rank, ACR", c.rank(row.acr_standing)),
     ]
-    figures += [
-        (f"proved by {proof}", f"{count:,} images") for proof, count in row.proofs.items() if proof
-    ]
+    figures += [(f"proved by {proof}", f"{count:,} images") for proof, count in row.proofs.items() if proof]
     groups = [
         ("Figures [95 % over images]", figures),
         ("Audit", _audit(row)),
@@ -292,7 +290,11 @@ def _reproduction(cells: Sequence[Cell]) -> dict[str, Any]:
     return {
         "headers": REPRODUCTION,
         "rows": [
-            {"state": cell.state, "cells": reproduction_line(cell)[1:], "differences": cell.figure.differences}
+            {
+                "state": cell.state,
+                "cells": reproduction_line(cell)[1:],
+                "differences": cell.figure.differences,
+            }
             for cell in cells
         ],
         "counts": {

@@ -71,7 +71,7 @@
   };
   function condition(term, table) {
     const found = /^([a-zδ%.0-9 ]+?)(>=|<=|>|<|=)(-?[0-9.]+)$/i.exec(term);
-    if (!found) return (entry) => entry.textContent.toLowerCase().includes(term);
+    if (!found) return (entry) => entry.rows[0].textContent.toLowerCase().includes(term);
     const heads = [...table.tHead.rows[0].cells].map((head) => head.textContent.trim().toLowerCase());
     const column = heads.findIndex((head) => head.startsWith(found[1].trim()));
     if (column < 0) return () => false;

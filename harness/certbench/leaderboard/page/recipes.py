@@ -37,7 +37,9 @@ def _key(key: str) -> str:
 
 def _value(value: Any) -> str:
     if isinstance(value, str):
-        return re.sub(r"[\x7f-\x9f]", lambda c: f"\\u{ord(c.group()):04x}", json.dumps(value, ensure_ascii=False))
+        return re.sub(
+            r"[\x7f-\x9f]", lambda c: f"\\u{ord(c.group()):04x}", json.dumps(value, ensure_ascii=False)
+        )
     if isinstance(value, list):
         return f"[{', '.join(map(_value, value))}]"
     return json.dumps(value)
