@@ -63,21 +63,39 @@ def stem(channels: int, width: int) -> list[nn.Module]:
 
 @register_model("wide-resnet-8")
 def wide_resnet_8(info: DatasetInfo) -> nn.Module:
-    """Wide-ResNet of arXiv 2103.17268: three basic blocks of width 128, 256, 512, linear 512."""
+    """Wide-ResNet of arXiv 2103.17268: three basic blocks of width 128, 256, 512, linear 512.
+
+    For images of 64 pixels and more the widths are 160, 320, 640, as published for TinyImageNet.
+    """
     channels, side, _ = info.shape
+    width = 160 if side >= 64 else 128
     return nn.Sequential(
         *stem(channels, 16),
-        basic_block(16, 128, 1),
-        basic_block(128, 256, 2),
-        basic_block(256, 512, 2),
-        *head(512 * (-(-side // 4)) ** 2, 512, info.classes),
+        basic_block(16, width, 1),
+        basic_block(width, 2 * width, 2),
+        basic_block(2 * width, 4 * width, 2),
+        *head(4 * width * (-(-side // 4)) ** 2, 512, info.classes),
     )
 
 
 @register_model("resnext-2x32")
 def resnext(info: DatasetInfo) -> nn.Module:
-    """ResNeXt of arXiv 2103.17268: three blocks of two groups, widths 128, 256, 512, linear 512."""
+    """ResNeXt of arXiv 2103.17268: three blocks of two groups, widths 128, 256, 512, linear 512.
+
+    For images of 64 pixels and more: six blocks, two each of widths 32, 64, 128, as published for TinyImageNet.
+    """
     channels, side, _ = info.shape
+    if side >= 64:
+        return nn.Sequential(
+            *stem(channels, 16),
+            grouped_block(16, 16, 1),
+            grouped_block(32, 16, 1),
+            grouped_block(32, 32, 2),
+            grouped_block(64, 32, 1),
+            grouped_block(64, 64, 2),
+            grouped_block(128, 64, 1),
+            *head(128 * (-(-side // 4)) ** 2, 512, info.classes),
+        )
     return nn.Sequential(
         *stem(channels, 64),
         grouped_block(64, 64, 1),

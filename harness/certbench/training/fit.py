@@ -54,7 +54,8 @@ def fit(task: TrainTask, objective: Objective) -> nn.Module:
             damaged or cannot be written.
     """
     settings = task.recipe.train
-    batches = training_batches(task.dataset, settings.batch_size, task.seed, settings.augment, task.device)
+    augment = settings.augmentation or settings.augment
+    batches = training_batches(task.dataset, settings.batch_size, task.seed, augment, task.device)
     network = task.build_network()
     objective.prepare(network, len(batches))
     optimizer = build_optimizer(network, settings)
