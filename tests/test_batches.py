@@ -6,13 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from scipy.stats import ks_2samp
+from torchvision.transforms import RandomErasing, v2
 
 from certbench.data.augment import Drawn, apply, draw
 from certbench.data.batches import Batches
 from certbench.data.catalog import DATASETS, DatasetInfo
 from certbench.data.dataset import Split, to_pixels
 from certbench.errors import UsageError
-from certbench.recipe import Augmentation
+from certbench.recipe import Augmentation, parse_recipe
 from certbench.seeding import derive_seed
 
 CIFAR = DATASETS["cifar10"]
@@ -171,3 +173,116 @@ def test_a_gpu_sees_the_same_batches() -> None:
         assert gpu_pixels.device.type == "cuda"
         assert torch.equal(pixels, gpu_pixels.cpu())
         assert torch.equal(labels, gpu_labels.cpu())
+
+
+# Fills, erasing, and torchvision's own transforms
+
+
+FULL = Augmentation(
+    flip=True,
+    crop_padding=4,
+    crop_fill=0.5,
+    erase=0.5,
+    erase_area=(0.04, 0.2),
+    erase_aspect=(0.5, 2.0),
+    erase_fill=0.25,
+)
+
+
+@pytest.mark.parametrize("fill", [None, 0.0, 0.5])
+def test_fixed_parameters_give_what_torchvision_gives(fill: float | None) -> None:
+    how = FULL.model_copy(update={"crop_fill": fill})
+    generator = torch.Generator().manual_seed(8)
+    images = torch.rand(48, 3, 32, 32, generator=generator)
+    drawn = draw(48, (32, 32), how, generator)
+    assert drawn.erased is not None
+    result = apply(images, drawn, how)
+    mode = {"padding_mode": "edge"} if fill is None else {"fill": fill}
+    for image, flip, (row, column), (top, left, high, wide), found in zip(
+        images, drawn.flips, drawn.offsets.tolist(), drawn.erased.tolist(), result, strict=True
+    ):
+        expected = v2.functional.horizontal_flip(image) if flip else image
+        if high:
+            expected = v2.functional.erase(expected, top, left, high, wide, torch.tensor(how.erase_fill))
+        expected = v2.functional.pad(expected, [4, 4, 4, 4], **mode)
+        assert torch.equal(found, v2.functional.crop(expected, row, column, 32, 32))
+
+
+def test_erasing_moves_neither_flips_nor_offsets() -> None:
+    plain = draw(100, (32, 32), CROP, torch.Generator().manual_seed(3))
+    erased = draw(100, (32, 32), CROP.model_copy(update={"erase": 0.5}), torch.Generator().manual_seed(3))
+    assert torch.equal(plain.flips, erased.flips)
+    assert torch.equal(plain.offsets, erased.offsets)
+    assert plain.erased is None
+
+
+def test_erased_rectangles_have_the_distribution_of_torchvisions() -> None:
+    count = 4000
+    drawn = draw(count, (32, 32), FULL, torch.Generator().manual_seed(0))
+    assert drawn.erased is not None
+    happens = drawn.erased[:, 2] > 0
+    assert abs(int(happens.sum()) - count / 2) < 4 * (count / 4) ** 0.5
+    ours = drawn.erased[happens].double()
+    torch.manual_seed(1)
+    blank = torch.zeros(3, 32, 32)
+    theirs = torch.tensor(
+        [RandomErasing.get_params(blank, (0.04, 0.2), (0.5, 2.0), [0.0])[:4] for _ in range(len(ours))]
+    ).double()
+    assert (ours[:, 0] + ours[:, 2] <= 32).all()
+    assert (ours[:, 1] + ours[:, 3] <= 32).all()
+    for column in range(4):
+        found = ks_2samp(ours[:, column].numpy(), theirs[:, column].numpy())
+        assert found.pvalue > 1e-4, column
+
+
+def test_an_image_on_which_no_rectangle_fits_keeps_its_pixels() -> None:
+    how = Augmentation(erase=1.0, erase_area=(1.0, 1.0), erase_aspect=(1.0, 1.0))
+    drawn = draw(10, (8, 8), how, torch.Generator().manual_seed(0))
+    assert drawn.erased is not None
+    assert not drawn.erased.any()
+
+
+def test_a_recipe_may_write_its_own_augmentation() -> None:
+    split = make_split(64)
+    for pixels, labels in Batches(split, CIFAR, 32, 0, FULL, "cpu").epoch(0):
+        assert pixels.dtype == torch.float32
+        drawn = draw(64, (32, 32), FULL, torch.Generator().manual_seed(derive_seed(0, "augment", 0)))
+        raw = to_pixels(split.images, 255)
+        assert torch.equal(pixels, apply(raw, drawn, FULL)[labels])
+    with pytest.raises(UsageError, match="resized_crop says nothing"):
+        Batches(split, CIFAR, 32, 0, Augmentation(resized_crop=(0.1, 1.0)), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        ({"crop_padding": -1}, "greater than or equal to 0"),
+        ({"crop_fill": 255}, "less than or equal to 1"),
+        ({"erase_area": [0.5, 0.1]}, "from its lower to its upper end"),
+        ({"flipp": True}, "did you mean 'flip'"),
+    ],
+)
+def test_an_augmentation_that_makes_no_sense_is_named(written: dict[str, object], words: str) -> None:
+    recipe = {
+        "dataset": "cifar10",
+        "model": "cnn7",
+        "threat": {"radius": "2/255"},
+        "method": {"name": "any"},
+        "train": {"epochs": 1, "augmentation": written},
+    }
+    with pytest.raises(UsageError, match=words) as error:
+        parse_recipe(recipe, "r")
+    assert "train.augmentation" in str(error.value)
+
+
+def test_no_augmentation_and_one_contradict_each_other() -> None:
+    content = {
+        "dataset": "cifar10",
+        "model": "cnn7",
+        "threat": {"radius": "2/255"},
+        "method": {"name": "any"},
+    }
+    train = {"epochs": 1, "augmentation": {"flip": True}}
+    assert parse_recipe({**content, "train": train}, "r").train.augmentation == Augmentation(flip=True)
+    with pytest.raises(UsageError, match="contradict each other"):
+        parse_recipe({**content, "train": {**train, "augment": False}}, "r")

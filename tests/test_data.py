@@ -422,6 +422,142 @@ def test_what_is_not_idx_is_refused(content: bytes) -> None:
         formats.parse_idx("labels", bytearray(content))
 
 
+@pytest.mark.parametrize("packed", ["right", "bomb", "broken"])
+def test_fashion_mnist_is_known_by_its_packed_files(
+    mnist: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: str
+) -> None:
+    contents = {f"{name}.gz": gzip.compress(content) for name, content in mnist.items()}
+    if packed != "right":
+        wrong = gzip.compress(bytes(1 << 20)) if packed == "bomb" else b"no gzip at all"
+        contents["t10k-labels-idx1-ubyte.gz"] = wrong
+    entries = tuple(
+        FileInfo(name, len(content), md5=hashlib.md5(content, usedforsecurity=False).hexdigest())
+        for name, content in contents.items()
+    )
+    info = replace(DATASETS["mnist"], name="fashion-mnist", digest="", files=entries)
+    put(tmp_path / "mnist", contents)
+    if packed != "right":
+        with pytest.raises(DataError, match=r"t10k-labels-idx1-ubyte.gz (is damaged|unpacks to more)"):
+            load_dataset(info, tmp_path)
+        return
+    assert torch.equal(load_dataset(info, tmp_path).train.images, random_split(30, (1, 4, 5), 0).images)
+    (tmp_path / "mnist/t10k-labels-idx1-ubyte.gz").write_bytes(
+        gzip.compress(mnist["t10k-labels-idx1-ubyte"], 1)
+    )
+    assert "MD5" in verify(info, tmp_path)[0]
+
+
+def test_cifar100_takes_the_fine_labels(tmp_path: Path) -> None:
+    train, test = random_split(20, (3, 4, 4), 2), random_split(6, (3, 4, 4), 3)
+    contents = {}
+    for name, split in (("train", train), ("test", test)):
+        batch = {b"data": split.images.flatten(1).numpy(), b"fine_labels": split.labels.tolist()}
+        batch[b"coarse_labels"] = [0] * len(split)
+        contents[name] = pickle.dumps(batch, protocol=3)
+    contents["meta"] = b"names"
+    info = replace(describe("cifar100", contents, train, test), folders=("",))
+    put(tmp_path, contents)
+    dataset = load_dataset(info, tmp_path)
+    assert torch.equal(dataset.train.labels, train.labels)
+    assert torch.equal(dataset.test.images, test.images)
+
+
+def test_files_of_another_data_set_are_refused(
+    mnist: dict[str, bytes], cifar10: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Mixed up: CIFAR-10's test batch lies where another batch belongs, MNIST's test images where training images do."""
+    put(tmp_path / "cifar-10-batches-py", cifar10 | {"data_batch_3": cifar10["test_batch"]})
+    with pytest.raises(DataError, match="data_batch_3 is damaged"):
+        load_dataset("cifar10", tmp_path)
+    put(tmp_path / "mnist", mnist | {"train-labels-idx1-ubyte": mnist["t10k-labels-idx1-ubyte"]})
+    with pytest.raises(DataError, match="train-labels-idx1-ubyte is damaged"):
+        load_dataset("mnist", tmp_path)
+
+
+# Caches
+
+
+def cache_of(root: Path) -> Path:
+    return root / "cache/mnist.safetensors"
+
+
+def test_the_second_load_maps_the_cache_and_gives_the_same(mnist: dict[str, bytes], tmp_path: Path) -> None:
+    put(tmp_path, mnist)
+    first = load_dataset("mnist", tmp_path)
+    assert left_over(tmp_path / "cache") == ["mnist.safetensors"]
+    for name in mnist:
+        (tmp_path / name).unlink()
+    second = load_dataset("mnist", tmp_path)  # the pinned digest is enough
+    assert second.digest == first.digest
+    assert torch.equal(first.train.images, second.train.images)
+    assert torch.equal(first.test.labels, second.test.labels)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "other"])
+def test_a_damaged_cache_is_made_anew(mnist: dict[str, bytes], tmp_path: Path, damage: str) -> None:
+    put(tmp_path, mnist)
+    digest = load_dataset("mnist", tmp_path).digest
+    path = cache_of(tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(
+        {
+            "flip": flip_bit(whole, len(whole) - 30),
+            "cut": whole[:-7],
+            "empty": b"",
+            "other": whole.replace(b"train.images", b"traim.images"),
+        }[damage]
+    )
+    assert load_dataset("mnist", tmp_path).digest == digest
+    assert path.read_bytes() == whole
+
+
+def test_the_cache_of_a_set_that_is_not_pinned_follows_its_files(
+    mnist: dict[str, bytes], tmp_path: Path
+) -> None:
+    put(tmp_path, mnist)
+    info = replace(DATASETS["mnist"], digest="")
+    digest = load_dataset(info, tmp_path).digest
+    other = flip_bit(mnist["train-images-idx3-ubyte"], 40)
+    put(tmp_path, {"train-images-idx3-ubyte": other})
+    changed = tuple(
+        replace(file, sha256=hashlib.sha256(other).hexdigest()) if "train-images" in file.name else file
+        for file in info.files
+    )
+    assert load_dataset(replace(info, files=changed), tmp_path).digest != digest
+
+
+def test_a_folder_that_cannot_be_written_has_no_cache(
+    mnist: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path, mnist)
+    (tmp_path / "cache").write_text("in the way")
+    load_dataset("mnist", tmp_path)
+    monkeypatch.setenv("CERTBENCH_CACHE", str(tmp_path / "elsewhere"))
+    load_dataset("mnist", tmp_path)
+    assert left_over(tmp_path / "elsewhere") == ["mnist.safetensors"]
+
+
+# Held-out images
+
+
+def test_held_out_images_are_taken_from_training_for_good() -> None:
+    whole, chosen = load_dataset("digits"), load_dataset("digits-validation")
+    positions = whole.validation
+    assert positions[:5].tolist() == sorted(positions.tolist())[:5]
+    assert hashlib.sha256(positions.astype("<i8").tobytes()).hexdigest()[:16] == HELD_OUT_OF_DIGITS
+    assert (len(chosen.train), len(chosen.test)) == (1437 - 140, 140)
+    assert torch.bincount(chosen.test.labels).tolist() == [14] * 10
+    assert torch.equal(chosen.test.images, whole.train.images[torch.from_numpy(positions)])
+    assert not set(image_digests(chosen.test)) & set(image_digests(whole.test))
+    assert chosen.digest != whole.digest
+    assert chosen.info.name == "digits-validation"
+    with pytest.raises(UsageError, match="holds no validation images"):
+        chosen.info.held_out()
+
+
+HELD_OUT_OF_DIGITS = "d266bb0dfda6ccf8"
+
+
 # Pickles
 
 
@@ -509,13 +645,15 @@ def test_verify_finds_nothing_wrong_and_every_wrong_thing(mnist: dict[str, bytes
 
 
 class Server:
-    """Serves ``content`` on the loopback device; ``cut`` names paths that break off half-way."""
+    """Serves ``content`` on the loopback device, from the byte asked for; ``cut`` names paths that break off half-way."""
 
     def __init__(self) -> None:
         self.content: dict[str, bytes] = {}
         self.cut: set[str] = set()
         self.unannounced: set[str] = set()
         self.requests: list[str] = []
+        self.starts: list[int] = []
+        self.resumes = True
         owner = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -525,7 +663,16 @@ class Server:
                 if body is None:
                     self.send_error(404)
                     return
-                self.send_response(200)
+                asked = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").removesuffix("-")
+                start = int(asked) if owner.resumes else 0
+                if start >= len(body):
+                    self.send_error(416)
+                    return
+                owner.starts.append(start)
+                self.send_response(206 if start else 200)
+                if start:
+                    self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+                body = body[start:]
                 if self.path not in owner.unannounced:
                     self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
@@ -632,6 +779,52 @@ def test_no_network_is_one_line(mnist: dict[str, bytes], server: Server, tmp_pat
     with pytest.raises(DataError, match="Connection refused") as error:
         fetch("mnist", tmp_path)
     assert "check the network" in one_line(error)
+
+
+@pytest.mark.parametrize("resumes", [True, False])
+def test_an_interrupted_download_goes_on_where_it_broke_off(
+    mnist: dict[str, bytes], server: Server, tmp_path: Path, resumes: bool
+) -> None:
+    serve_mnist(server, mnist)
+    first = "/a/train-images-idx3-ubyte.gz"
+    server.cut.add(first)
+    with pytest.raises(DataError, match="run this again to go on from there"):
+        fetch("mnist", tmp_path)
+    server.cut.clear()
+    server.resumes = resumes
+    fetch("mnist", tmp_path)
+    assert server.starts[1] == (len(server.content[first]) // 2 if resumes else 0)
+    assert verify("mnist", tmp_path) == []
+    assert left_over(tmp_path) == sorted(f"mnist/{name}.gz" for name in mnist)
+
+
+@pytest.mark.parametrize("beginning", [b"something else", bytes(4096)])
+def test_a_wrong_beginning_is_fetched_anew(
+    mnist: dict[str, bytes], server: Server, tmp_path: Path, beginning: bytes
+) -> None:
+    serve_mnist(server, mnist)
+    (tmp_path / "mnist").mkdir()
+    (tmp_path / "mnist/partial.train-images-idx3-ubyte.gz").write_bytes(beginning)
+    fetch("mnist", tmp_path)
+    assert verify("mnist", tmp_path) == []
+
+
+def test_no_space_is_told_before_anything_is_downloaded(
+    mnist: dict[str, bytes], server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve_mnist(server, mnist)
+    monkeypatch.setattr(places.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(DataError, match=r"no space in .*mnist: 0\.0 GB are needed .* --data DIR") as error:
+        fetch("mnist", tmp_path)
+    assert server.requests == []
+    one_line(error)
+
+
+def test_a_data_set_that_nobody_hands_out_says_what_to_do(tmp_path: Path) -> None:
+    for name in ("tinyimagenet-50", "imagenet"):
+        with pytest.raises(DataError, match=f"put .* into {tmp_path}/") as error:
+            fetch(name, tmp_path)
+        one_line(error)
 
 
 def test_a_damaged_file_is_replaced_and_set_aside(

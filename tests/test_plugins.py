@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from importlib.metadata import Distribution, EntryPoint
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 import pytest
 
 from certbench.contract import MethodCard
-from certbench.errors import PluginError, UsageError
+from certbench.data.catalog import DATASETS
+from certbench.data.info import DatasetInfo
+from certbench.errors import PluginError, RunError, UsageError
 from certbench.hookspecs import hookimpl
 from certbench.plugins import Plugins, installed
 from certbench.recipe import Strict, parse_recipe
@@ -379,3 +382,141 @@ def test_help_and_list_import_no_torch(arguments: list[str]) -> None:
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+# Data sets and models
+
+
+INFO = replace(DATASETS["digits"], name="tiny-random", digest="", reader="random_digits:read")
+
+
+class Brings:
+    """A plugin with a data set and a network."""
+
+    def __init__(self, name: str = "tiny-random") -> None:
+        self.name = name
+
+    @hookimpl
+    def register_datasets(self) -> list[DatasetInfo]:
+        return [replace(INFO, name=self.name)]
+
+    @hookimpl
+    def register_models(self) -> dict[str, Any]:
+        return {self.name: lambda info: None}
+
+
+def test_data_sets_and_models_of_plugins_join_the_cores() -> None:
+    found = plugins(more=Brings())
+    assert found.dataset("tiny-random").reader == "random_digits:read"
+    assert found.dataset("tiny-random-validation").whole == INFO
+    assert set(found.datasets()) == {*DATASETS, "tiny-random"}
+    assert set(found.models()) > {"cnn7", "tiny-random"}
+    assert "tiny-random" not in DATASETS
+    with pytest.raises(UsageError, match="did you mean 'tiny-random'"):
+        found.dataset("tiny-randm")
+
+
+@pytest.mark.parametrize("name", ["same", "mnist"])
+def test_a_data_set_that_is_claimed_twice_is_refused(name: str) -> None:
+    owner = "certbench" if name == "mnist" else "toy-one"
+    with pytest.raises(
+        PluginError, match=f"data set '{name}' is claimed by two distributions, {owner} and toy-"
+    ):
+        plugins(one=Brings(name), two=Brings(name)).datasets()
+
+
+def test_a_model_that_is_claimed_twice_is_refused() -> None:
+    with pytest.raises(
+        PluginError, match="model 'cnn7' is claimed by two distributions, certbench and toy-one"
+    ):
+        plugins(one=Brings("cnn7")).models()
+
+
+def test_what_registers_something_else_is_named() -> None:
+    class Liar:
+        @hookimpl
+        def register_datasets(self) -> list[str]:
+            return ["cifar10"]
+
+        @hookimpl
+        def register_models(self) -> dict[str, Any]:
+            raise ImportError("no module named 'nothing'")
+
+    found = plugins(liar=Liar())
+    with pytest.raises(
+        PluginError, match="toy-liar: register_datasets must return DatasetInfo objects, not str"
+    ):
+        found.datasets()
+    with pytest.raises(PluginError, match="toy-liar failed in register_models: ImportError"):
+        found.models()
+
+
+def test_a_plugins_data_set_and_network_train_and_a_bound_that_does_not_apply_is_refused_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch import nn
+
+    from certbench.run import run_recipe
+
+    (tmp_path / "random_digits.py").write_text(READER)
+    monkeypatch.syspath_prepend(tmp_path)
+    trained = []
+
+    class Author(Brings):
+        @hookimpl
+        def register_methods(self) -> list[MethodCard]:
+            return [card("toy")]
+
+        @hookimpl
+        def register_models(self) -> dict[str, Any]:
+            def plain(info: DatasetInfo) -> nn.Module:
+                return nn.Sequential(nn.Flatten(), nn.Linear(64, info.classes))
+
+            def attentive(info: DatasetInfo) -> nn.Module:
+                return nn.Sequential(nn.Flatten(), nn.LayerNorm(64), nn.Linear(64, info.classes))
+
+            return {"plain": plain, "attentive": attentive}
+
+        @hookimpl
+        def train(self, task: Any) -> nn.Module:
+            trained.append(task.dataset.info.name)
+            network: nn.Module = task.build_network()
+            return network
+
+    found = plugins(author=Author())
+    recipe = parse_recipe(
+        {
+            "dataset": "tiny-random",
+            "model": "attentive",
+            "threat": {"radius": "0.1"},
+            "method": {"name": "toy"},
+            "train": {"epochs": 1},
+        },
+        "r",
+    )
+    with pytest.raises(UsageError, match=r"certifier ibp does not apply to model attentive: node layer_norm"):
+        run_recipe(found.resolve(recipe), out=tmp_path, device="cpu", plugins=found)
+    assert trained == []
+    plain = found.resolve(recipe.model_copy(update={"model": "plain"}))
+    outcome = run_recipe(plain, out=tmp_path, device="cpu", attack=None, plugins=found)
+    assert trained == ["tiny-random"]
+    (outcome.folder / "structure.txt").write_text("0" * 16)
+    for rows in (tmp_path / "results").rglob("*.parquet"):
+        rows.unlink()
+    with pytest.raises(RunError, match="model plain is built otherwise than when run"):
+        run_recipe(plain, out=tmp_path, device="cpu", attack=None, plugins=found)
+    assert trained == ["tiny-random"]
+
+
+READER = """
+import numpy as np
+
+
+def read(info, root):
+    random = np.random.default_rng(0)
+
+    def part(size):
+        return random.integers(0, 17, (size, *info.shape), dtype=np.uint8), random.integers(0, 10, size)
+
+    return part(info.train_size), part(info.test_size)
+"""

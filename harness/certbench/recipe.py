@@ -122,8 +122,8 @@ class Augmentation(Strict):
     """Left to right, half of the images."""
     crop_padding: int = Field(default=0, ge=0)
     """Pixels added on each side before a crop back to the old size, at a uniform place."""
-    crop_fill: Literal["edge"] | Share = "edge"
-    """What they hold: the nearest pixel of the image, or one value."""
+    crop_fill: Share | None = None
+    """What they hold; by default the nearest pixel of the image."""
     erase: Share = 0.0
     """The share of images that lose a rectangle."""
     erase_area: tuple[Share, Share] = (0.02, 0.33)
@@ -155,8 +155,10 @@ class Train(Strict):
     decay: float = Field(default=0.2, gt=0, le=1)
     gradient_clip: float = Field(default=10.0, ge=0)
     """Largest 2-norm of the whole gradient; 0 leaves it as it is."""
-    augment: bool | Augmentation = True
-    """The data set's published augmentation (none for digits and MNIST), or none, or the one written here."""
+    augment: bool = True
+    """The data set's published augmentation (none for digits and MNIST)."""
+    augmentation: Augmentation | None = None
+    """Another one in its place."""
     optimizer: Literal["adam", "sgd"] = "adam"
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """Of SGD, without Nesterov's correction."""
@@ -167,7 +169,7 @@ class Train(Strict):
     down to a 10,000th of where it began. ``cosine``: half a wave from the rate down to 0. Both change it at each step."""
 
     later: ClassVar[frozenset[str]] = frozenset(
-        {"milestone_lag", "optimizer", "momentum", "weight_decay", "schedule"}
+        {"augmentation", "milestone_lag", "optimizer", "momentum", "weight_decay", "schedule"}
     )
 
     @field_validator("milestones")
@@ -176,6 +178,14 @@ class Train(Strict):
         if any(b <= a for a, b in itertools.pairwise((0, *milestones))):
             raise ValueError("milestones are epochs from 1, each later than the one before")
         return milestones
+
+    @model_validator(mode="after")
+    def _augmentation_is_wanted(self) -> Train:
+        if self.augmentation is not None and not self.augment:
+            raise ValueError(
+                "augment = false and an augmentation contradict each other; leave one of them out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _milestones_need_their_schedule(self) -> Train:

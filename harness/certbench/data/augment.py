@@ -87,7 +87,7 @@ def apply(images: Tensor, drawn: Drawn, how: Augmentation) -> Tensor:
         in_rows = (inside_rows >= top) & (inside_rows < top + high)
         in_columns = (inside_columns >= left) & (inside_columns < left + wide)
         moved = moved.masked_fill((in_rows[:, :, None] & in_columns[:, None, :])[:, None], how.erase_fill)
-    if how.crop_padding and how.crop_fill != "edge":
+    if how.crop_padding and how.crop_fill is not None:
         outside = (rows != inside_rows)[:, :, None] | (columns != inside_columns)[:, None, :]
         moved = moved.masked_fill(outside[:, None], how.crop_fill)
     return moved

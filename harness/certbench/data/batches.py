@@ -63,7 +63,7 @@ class Batches:
         self._how = chosen_augmentation(info, augment)
         if self._how.resized_crop:
             raise UsageError(
-                f"{info.name} is stored at its own size; train.augment.resized_crop says nothing to it"
+                f"{info.name} is stored at its own size; train.augmentation.resized_crop says nothing to it"
             )
         self._bounds = batch_bounds(len(split), batch_size)
         self._split = split.to(device)
@@ -81,7 +81,7 @@ class Batches:
         if changes:
             generator = torch.Generator().manual_seed(derive_seed(self._seed, "augment", number))
             drawn = draw(len(labels), info.shape[1:], how, generator).to(images.device)
-        fills = how.erase or how.crop_fill != "edge"
+        fills = how.erase or how.crop_fill is not None
         for start, stop in self._bounds:
             chosen = order[start:stop]
             batch = images[chosen]
@@ -94,7 +94,7 @@ class Batches:
 
 
 def chosen_augmentation(info: DatasetInfo, augment: bool | Augmentation) -> Augmentation:
-    """What a recipe's ``train.augment`` stands for."""
+    """What a recipe's ``train.augment`` or ``train.augmentation`` stands for."""
     if isinstance(augment, Augmentation):
         return augment
     return info.augmentation if augment else Augmentation()

@@ -7,6 +7,7 @@ is read: a stale or damaged cache is passed over and made anew.
 
 from __future__ import annotations
 
+import json
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,8 @@ from certbench.data.dataset import Split, dataset_digest
 from certbench.errors import DataError
 
 VARIABLE = "CERTBENCH_CACHE"
+METADATA = "certbench"
+"""One key, since safetensors writes several in any order."""
 
 
 def cache_path(name: str, root: Path) -> Path:
@@ -33,16 +36,16 @@ def read_cache(name: str, root: Path, source: str) -> tuple[str, dict[str, Split
     """
     try:
         with safe_open(cache_path(name, root), framework="pt") as file:
-            said = file.metadata() or {}
-            if said.get("source") != source:
+            said = json.loads((file.metadata() or {})[METADATA])
+            if said["source"] != source:
                 return None
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
         names = sorted({key.partition(".")[0] for key in tensors}, reverse=True)
         parts = {part: Split(tensors[f"{part}.images"], tensors[f"{part}.labels"]) for part in names}
-    except (OSError, SafetensorError, KeyError, DataError):
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, DataError):
         return None
     digest = dataset_digest(name, *parts.values())
-    return (digest, parts) if digest == said.get("digest") else None
+    return (digest, parts) if digest == said["digest"] else None
 
 
 def write_cache(name: str, root: Path, source: str, digest: str, parts: dict[str, Split]) -> None:
@@ -55,7 +58,7 @@ def write_cache(name: str, root: Path, source: str, digest: str, parts: dict[str
     with suppress(OSError, SafetensorError):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            save_file(tensors, scratch, {"source": source, "digest": digest})
+            save_file(tensors, scratch, {METADATA: json.dumps({"source": source, "digest": digest})})
             scratch.replace(path)
         finally:
             scratch.unlink(missing_ok=True)

@@ -112,7 +112,7 @@ class StreamedBatches:
         self._how = chosen_augmentation(info, augment)
         if self._how.crop_padding or self._how.erase:
             raise UsageError(
-                f"{info.name} is streamed: train.augment takes flip and resized_crop there, nothing else"
+                f"{info.name} is streamed: train.augmentation takes flip and resized_crop there, nothing else"
             )
         self._bounds = batch_bounds(len(stream), batch_size)
         self._stream, self._info, self._seed = stream, info, seed

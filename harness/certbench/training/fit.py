@@ -71,7 +71,8 @@ def fit(task: TrainTask, objective: Objective, chunks: int = 1) -> nn.Module:
             f"{task.recipe.name}: a batch of {settings.batch_size} images cannot be cut into {chunks} chunks; raise "
             "train.batch_size"
         )
-    batches = training_batches(task.dataset, settings.batch_size, task.seed, settings.augment, task.device)
+    augment = settings.augmentation or settings.augment
+    batches = training_batches(task.dataset, settings.batch_size, task.seed, augment, task.device)
     network = task.build_network()
     steps = len(batches) * chunks
     objective.prepare(network, steps)
