@@ -113,6 +113,9 @@ class Train(Strict):
     learning_rate: float = Field(default=5e-4, gt=0)
     milestones: tuple[int, ...] = ()
     """Epochs after which the learning rate is multiplied by ``decay``."""
+    milestone_lag: int = Field(default=0, ge=0)
+    """Epochs by which every milestone comes late: 1 in releases that step their scheduler with the epoch just
+    finished, where epoch 32 is the first with the lower rate of milestone 30."""
     decay: float = Field(default=0.2, gt=0, le=1)
     gradient_clip: float = Field(default=10.0, ge=0)
     """Largest 2-norm of the whole gradient; 0 leaves it as it is."""
@@ -127,7 +130,9 @@ class Train(Strict):
     """``one-cycle``: linear in three phases, 30 % of the steps up from a 25th of the rate, 30 % down again, the rest
     down to a 10,000th of where it began. ``cosine``: half a wave from the rate down to 0. Both change it at each step."""
 
-    later: ClassVar[frozenset[str]] = frozenset({"optimizer", "momentum", "weight_decay", "schedule"})
+    later: ClassVar[frozenset[str]] = frozenset(
+        {"milestone_lag", "optimizer", "momentum", "weight_decay", "schedule"}
+    )
 
     @field_validator("milestones")
     @classmethod

@@ -10,16 +10,32 @@ from certbench.training.losses import robust_cross_entropy
 from certbench.training.noise import gaussian_noise
 from certbench.training.regularizers import relu_balance, tightness
 from certbench.training.schedules import LinearRamp, SmoothedRamp
+from certbench.training.smoothed import (
+    NoisyObjective,
+    climb,
+    frozen,
+    keep_near,
+    noisy_logits,
+    soft_vote,
+    warm_up,
+)
 
 __all__ = [
     "LinearRamp",
+    "NoisyObjective",
     "Objective",
     "SmoothedRamp",
     "Step",
+    "climb",
     "fit",
+    "frozen",
     "gaussian_noise",
     "ibp_initialization",
+    "keep_near",
+    "noisy_logits",
     "relu_balance",
     "robust_cross_entropy",
+    "soft_vote",
     "tightness",
+    "warm_up",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from certbench.contract import TrainTask
 from certbench.data.batches import Batches
-from certbench.errors import RunError
+from certbench.errors import RunError, UsageError
 from certbench.recipe import Train
 from certbench.training.checkpoint import load_latest, restore_optimizer, save_checkpoint
 
@@ -25,7 +25,8 @@ REPORT_EVERY = 0.5
 
 @dataclass(frozen=True)
 class Step:
-    """Where training stands: ``batch`` counts globally from 0, ``epoch`` from 1."""
+    """Where training stands: ``batch`` counts optimiser steps from 0, chunks of a loaded batch one by one; ``epoch``
+    counts from 1."""
 
     batch: int
     epoch: int
@@ -42,25 +43,35 @@ class Objective(Protocol):
         """The loss of a batch (raw pixels (batch, channels, height, width); labels (batch,)) and figures to show."""
 
 
-def fit(task: TrainTask, objective: Objective) -> nn.Module:
+def fit(task: TrainTask, objective: Objective, chunks: int = 1) -> nn.Module:
     """Train a fresh network on the task's training images and return it in evaluation mode.
+
+    With ``chunks`` above 1 every loaded batch is cut into so many consecutive chunks of equal size, one optimiser step
+    each; images left over, fewer than ``chunks`` in a batch, are not used in that epoch.
 
     Every random number is derived from the seed and the epoch, so a run that was interrupted and resumed from its
     last checkpoint ends in the same bits as one that was not. Called after the last epoch, it returns the finished
     network.
 
     Raises:
+        UsageError: a batch has fewer images than chunks.
         RunError: the loss or the gradient is not finite (names the step and the last checkpoint), or a checkpoint is
             damaged or cannot be written.
     """
     settings = task.recipe.train
+    if chunks > min(settings.batch_size, len(task.dataset.train)):
+        raise UsageError(
+            f"{task.recipe.name}: a batch of {settings.batch_size} images cannot be cut into {chunks} chunks; raise "
+            "train.batch_size"
+        )
     batches = Batches(
         task.dataset.train, task.dataset.info, settings.batch_size, task.seed, settings.augment, task.device
     )
     network = task.build_network()
-    objective.prepare(network, len(batches))
+    steps = len(batches) * chunks
+    objective.prepare(network, steps)
     optimizer = build_optimizer(network, settings)
-    loop = _Loop(task, objective, network, optimizer, batches, history=[], checkpoint=None)
+    loop = _Loop(task, objective, network, optimizer, batches, chunks, history=[], checkpoint=None)
     loop.resume()
     first = len(loop.history) + 1
     if first <= settings.epochs:
@@ -68,7 +79,7 @@ def fit(task: TrainTask, objective: Objective) -> nn.Module:
             raise RunError(
                 f"no finished checkpoint in {task.folder}: {first - 1} of {settings.epochs} epochs; run the recipe again"
             )
-        task.reporter.stage("train", settings.epochs * len(batches), "step")
+        task.reporter.stage("train", settings.epochs * steps, "step")
     for epoch in range(first, settings.epochs + 1):
         loop.run_epoch(epoch)
     return network.eval()
@@ -81,6 +92,7 @@ class _Loop:
     network: nn.Module
     optimizer: torch.optim.Optimizer
     batches: Batches
+    chunks: int
     history: list[dict[str, float]]
     checkpoint: Path | None
 
@@ -99,23 +111,30 @@ class _Loop:
         began = last_look = time.perf_counter()
         total = torch.zeros((), device=self.task.device)
         first_bad = torch.full((), -1, dtype=torch.long, device=self.task.device)
-        length = len(self.batches)
-        for number, (images, labels) in enumerate(self.batches.epoch(epoch)):
+        length, taken = len(self.batches) * self.chunks, 0
+        for number, (images, labels) in enumerate(self._chunks_of(epoch)):
             step = Step((epoch - 1) * length + number, epoch, length)
             loss, figures = self._update(images, labels, step, first_bad)
             total += loss.detach()
+            taken += 1
             if time.perf_counter() - last_look > REPORT_EVERY:
                 self._stop_if_bad(first_bad, epoch)
                 shown = {key: float(value) for key, value in figures.items()}
                 self.task.reporter.advance(step.batch + 1, epoch=epoch, loss=float(loss.detach()), **shown)
                 last_look = time.perf_counter()
         self._stop_if_bad(first_bad, epoch)
-        summary = {"loss": float(total) / length, **{key: float(value) for key, value in figures.items()}}
+        summary = {"loss": float(total) / taken, **{key: float(value) for key, value in figures.items()}}
         self.history.append(summary)
         self.checkpoint = save_checkpoint(self.task.folder, epoch, self.network, self.optimizer, self.history)
         self.task.reporter.advance(epoch * length, epoch=epoch, **summary)
         seconds = time.perf_counter() - began
         self.task.reporter.epoch_done(epoch, self.task.recipe.train.epochs, seconds, summary)
+
+    def _chunks_of(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in self.batches.epoch(epoch):
+            size = len(labels) // self.chunks
+            for k in range(self.chunks if size else 0):  # the last batch may hold fewer images than chunks
+                yield images[k * size : (k + 1) * size], labels[k * size : (k + 1) * size]
 
     def _update(
         self, images: Tensor, labels: Tensor, step: Step, first_bad: Tensor
@@ -160,9 +179,9 @@ def build_optimizer(network: nn.Module, settings: Train) -> torch.optim.Optimize
 
 
 def learning_rate(settings: Train, step: Step) -> float:
-    """The rate of one step; milestone M means that epochs M+1 onward use the lower rate."""
+    """The rate of one step; milestone M means that epochs M+1 onward use the lower rate, with a lag of 1 M+2 onward."""
     if settings.schedule == "milestones":
-        passed = sum(step.epoch > milestone for milestone in settings.milestones)
+        passed = sum(step.epoch > milestone + settings.milestone_lag for milestone in settings.milestones)
         return settings.learning_rate * settings.decay**passed
     last = settings.epochs * step.batches_per_epoch - 1
     if settings.schedule == "cosine":
