@@ -12,6 +12,8 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from pydantic import Field
+
 from certbench.recipe import Recipe, Strict
 
 if TYPE_CHECKING:
@@ -106,6 +108,33 @@ class NoScratch:
     def save(self, content: bytes) -> None: ...
 
 
+class TeacherSettings(Strict):
+    """Base of the ``[method]`` table of a method that learns from a finished network.
+
+    The harness finds that network, trains it where it is missing, and hands it over as the task's ``teacher``.
+    """
+
+    teacher: str
+    """A recipe, by name or TOML file, with its own seed; or a ``.safetensors`` file with its card beside it."""
+    teacher_id: str | None = Field(default=None, pattern=r"^[0-9a-f]{16,64}$")
+    """Run id of that recipe, or SHA-256 of that file: filled in by the harness, so that it is part of the student's own
+    run id; where a recipe gives it, another teacher is refused."""
+    force_teacher: bool = False
+    """Take a teacher of another noise level, other training data or another class order all the same."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A finished network to learn from: in evaluation mode, without gradients, on the task's device.
+
+    ``digest`` is the SHA-256 of its weights.
+    """
+
+    name: str
+    network: torch.nn.Module
+    digest: str
+
+
 @dataclass(frozen=True)
 class TrainTask:
     """All that ``train`` gets.
@@ -113,7 +142,8 @@ class TrainTask:
     ``settings`` is the method's own validated model. ``build_network`` returns a fresh network on ``device``, its
     first weights a function of recipe and seed alone, with the data set's normalisation inside: it takes raw pixels
     in [0, 1], shape (batch, channels, height, width). ``folder`` holds the run's checkpoints. With ``only_load`` the
-    finished network is wanted and nothing may be trained.
+    finished network is wanted and nothing may be trained. ``teacher`` is there where the settings are
+    :class:`TeacherSettings`, unless ``only_load``.
     """
 
     recipe: Recipe
@@ -124,6 +154,7 @@ class TrainTask:
     build_network: Callable[[], torch.nn.Module]
     reporter: Reporter = field(default_factory=SilentReporter)
     only_load: bool = False
+    teacher: Teacher | None = None
 
     @property
     def seed(self) -> int:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -27,6 +27,8 @@ from certbench.contract import (
     CertifyTask,
     Reporter,
     SilentReporter,
+    Teacher,
+    TeacherSettings,
     TrainTask,
 )
 from certbench.data.dataset import Dataset, Split, image_digests
@@ -44,6 +46,14 @@ from certbench.seeding import derive_seed
 from certbench.smoothing import find_smoother
 from certbench.stats.smoothing import RADII, allowed_refutations
 from certbench.training.checkpoint import network_digest, save_network
+from certbench.training.teacher import (
+    NetworkCard,
+    NetworkFile,
+    check_teacher,
+    find_teacher,
+    pinned,
+    ready,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,6 +66,9 @@ AnyAttack = Attack | SmoothedAttack
 
 NETWORK = "network.safetensors"
 """The file of a run that holds the trained network alone."""
+
+CARD = "network.json"
+"""Beside it: what a student must know of it."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +166,7 @@ class Run:
     folder: Path
     store: ResultStore
     reporter: Reporter
+    teacher: Run | NetworkFile | None = None
 
     @classmethod
     def prepare(
@@ -169,11 +183,23 @@ class Run:
         owned = plugins.owner(recipe.method.name)
         certifier = choose_certifier(recipe, owned, plugins)
         dataset = load_dataset(recipe.dataset, Path(data) if data is not None else None)
+        settings, teacher = plugins.settings(recipe), None
+        if isinstance(settings, TeacherSettings) and identity is None:
+            found = find_teacher(recipe, plugins)
+            teacher = (
+                found
+                if isinstance(found, NetworkFile)
+                else cls.prepare(found, out, data, device, plugins, reporter)
+            )
+            check_teacher(teacher.card, recipe, dataset, settings)
+            recipe = pinned(recipe, teacher.id, settings)
         identity = identity or run_id(recipe, dataset.digest, owned.card.numerics)
         folder = out / "runs" / identity
         make_writable(folder)
         store = ResultStore(out / "results")
-        return cls(recipe, owned, plugins, dataset, certifier, device, identity, folder, store, reporter)
+        return cls(
+            recipe, owned, plugins, dataset, certifier, device, identity, folder, store, reporter, teacher
+        )
 
     def execute(self, attack: AnyAttack | None) -> RunOutcome:
         certified = self.is_certified
@@ -197,22 +223,39 @@ class Run:
         columns = certificate_columns(self.certified_split, certificates)
         self.store.write_certificates(*self._certificates, columns)
         stage = certify_stage(*self._certificates[1:])
-        settings = json.dumps(certify_settings(self.certifier, self.recipe), indent=1, sort_keys=True)
-        write_atomically(self.folder / f"{stage}.json", settings.encode())
+        write_json(self.folder / f"{stage}.json", certify_settings(self.certifier, self.recipe))
         for partial in self.folder.glob(f"{stage}-*.partial"):
             partial.unlink()
 
     def train(self) -> nn.Module:
         """The trained network, with its row in ``runs`` and its weights in ``network.safetensors``."""
+        teacher = self._ready_teacher()  # its training is not the student's, and has a timing of its own
         timer = Timer(self, "train")
-        network = self.trained()
+        network = self.trained(teacher=teacher)
         if not self.store.has_run(self.id):
             timer.record()
         self.store.write_run(self._run_row(network))  # refuses another network than the recorded one
         save_network(self.folder / NETWORK, network)
+        write_json(self.folder / CARD, self.card.model_dump())
         return network
 
-    def trained(self, only_load: bool = False) -> nn.Module:
+    @property
+    def card(self) -> NetworkCard:
+        return NetworkCard.of(self.recipe, self.dataset)
+
+    def _ready_teacher(self) -> Teacher | None:
+        """The teacher's network, trained where it is missing; which one it was is kept beside the student's."""
+        if self.teacher is None:
+            return None
+        name = self.recipe.method.settings["teacher"]
+        self.reporter.say(f"{self.recipe.name}: learns from {name} ({self.teacher.id})")
+        network = self.teacher.train() if isinstance(self.teacher, Run) else self.teacher.network()
+        teacher = ready(name, network, self.device)
+        known = {"teacher": name, "id": self.teacher.id, "digest": teacher.digest, "card": self.teacher.card.model_dump()}
+        write_json(self.folder / "teacher.json", known)
+        return teacher
+
+    def trained(self, only_load: bool = False, teacher: Teacher | None = None) -> nn.Module:
         """The network in evaluation mode, from the plugin, which trains only what its checkpoints do not hold."""
         task = TrainTask(
             recipe=self.recipe,
@@ -223,6 +266,7 @@ class Run:
             build_network=self.build_network,
             reporter=self.reporter,
             only_load=only_load,
+            teacher=teacher,
         )
         return self._ask_plugin("train", lambda: self.plugins.train(task)).eval()
 
@@ -521,6 +565,10 @@ def make_writable(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise RunError(f"cannot write to {folder}: {error.strerror or error}; choose another --out") from None
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_atomically(path, json.dumps(content, indent=1, sort_keys=True).encode())
 
 
 def digest_settings(certifier: Certifier, recipe: Recipe) -> str:

@@ -1,0 +1,152 @@
+"""Networks to learn from: the card beside a network's file, reading such a file, and whether it suits a student."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import nn
+
+from certbench.contract import Teacher, TeacherSettings
+from certbench.data.catalog import dataset_info
+from certbench.data.dataset import Dataset
+from certbench.errors import UsageError
+from certbench.models import build_network
+from certbench.plugins import Plugins
+from certbench.recipe import Recipe, Strict, explain
+from certbench.training.checkpoint import network_digest
+
+
+class NetworkCard(Strict):
+    """What the file of a network does not say: kept beside it as JSON, under the same name."""
+
+    model: str
+    dataset: str
+    dataset_digest: str
+    class_names: tuple[str, ...]
+    sigma: float | None = None
+    """The noise it was trained for, in raw pixel units; none for L-inf."""
+
+    @classmethod
+    def of(cls, recipe: Recipe, dataset: Dataset) -> NetworkCard:
+        return cls(
+            model=recipe.model,
+            dataset=recipe.dataset,
+            dataset_digest=dataset.digest,
+            class_names=dataset.info.class_names,
+            sigma=recipe.threat.sigma,
+        )
+
+
+@dataclass(frozen=True)
+class NetworkFile:
+    """A network's file that was read and found whole; ``id`` is its SHA-256."""
+
+    path: Path
+    id: str
+    card: NetworkCard
+
+    @classmethod
+    def read(cls, path: Path) -> NetworkFile:
+        """
+        Raises:
+            UsageError: the file or its card is missing or cannot be read.
+        """
+        card = path.with_suffix(".json")
+        try:
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            return cls(path, digest, NetworkCard.model_validate_json(card.read_text(encoding="utf-8")))
+        except FileNotFoundError as error:
+            hint = "" if path.is_file() else "; a teacher may also be the name of a recipe"
+            raise UsageError(f"teacher {path}: there is no {error.filename}{hint}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"teacher {path} cannot be read: {error}") from None
+        except ValidationError as error:
+            raise UsageError(explain(error, NetworkCard, str(card))) from None
+
+    def network(self) -> nn.Module:
+        """
+        Raises:
+            UsageError: the weights are not those of the model that the card names.
+        """
+        network = build_network(self.card.model, dataset_info(self.card.dataset), 0)
+        try:
+            network.load_state_dict(load(self.path.read_bytes()))
+        except (SafetensorError, RuntimeError) as error:
+            line = str(error).split("\n")[0]
+            raise UsageError(f"teacher {self.path} holds no weights of {self.card.model!r}: {line}") from None
+        return network
+
+
+def ready(name: str, network: nn.Module, device: torch.device) -> Teacher:
+    """The network as a student gets it."""
+    network = network.to(device).eval().requires_grad_(False)
+    return Teacher(name, network, network_digest(network))
+
+
+def check_teacher(card: NetworkCard, student: Recipe, dataset: Dataset, settings: TeacherSettings) -> None:
+    """Refuse a teacher whose answers mean something else than the student's.
+
+    Raises:
+        UsageError: images of another shape or another number of classes; or, unless it is forced, another noise level,
+            other training data or another class order.
+    """
+    info, taught = dataset.info, dataset_info(card.dataset)
+    where = f"{student.name}: teacher {settings.teacher}"
+    if taught.shape != info.shape or len(card.class_names) != info.classes:
+        raise UsageError(
+            f"{where} takes images {taught.shape} of {len(card.class_names)} classes, the student {info.shape} of "
+            f"{info.classes}"
+        )
+    differences = {
+        "noise": (card.sigma, student.threat.sigma),
+        "training data": (f"{card.dataset} {card.dataset_digest[:16]}", f"{info.name} {dataset.digest[:16]}"),
+        "class order": (", ".join(card.class_names), ", ".join(info.class_names)),
+    }
+    for what, (its, own) in differences.items():
+        if its != own and not settings.force_teacher:
+            raise UsageError(
+                f"{where} has another {what}: {its}, the student {own}; method.force_teacher = true takes it all the same"
+            )
+
+
+def find_teacher(student: Recipe, plugins: Plugins) -> Recipe | NetworkFile:
+    """The teacher that a student's recipe names, as yet untrained.
+
+    Raises:
+        UsageError: there is no such recipe or file, or the teachers' recipes name each other in a circle.
+    """
+    first = plugins.settings(student).teacher
+    if first.endswith(".safetensors"):
+        return NetworkFile.read(Path(first))
+    recipe, chain = plugins.find_recipe(first), [first]
+    settings = plugins.settings(recipe)
+    while isinstance(settings, TeacherSettings) and not settings.teacher.endswith(".safetensors"):
+        if settings.teacher in chain:
+            raise UsageError(f"{student.name}: teachers in a circle: {' <- '.join([*chain, settings.teacher])}")
+        chain.append(settings.teacher)
+        settings = plugins.settings(plugins.find_recipe(settings.teacher))
+    return recipe
+
+
+def pinned(student: Recipe, identity: str, settings: TeacherSettings) -> Recipe:
+    """The recipe with its teacher's identity in it; of a teacher's file only the name stays, wherever it lies.
+
+    Raises:
+        UsageError: it names another one already.
+    """
+    if settings.teacher_id not in (None, identity):
+        raise UsageError(
+            f"{student.name}: teacher {settings.teacher} is {identity}, not the {settings.teacher_id} that "
+            "method.teacher_id asks for"
+        )
+    content = student.canonical()
+    content["method"] |= {"teacher_id": identity}
+    if Path(settings.teacher).suffix in {".safetensors", ".toml"}:
+        content["method"] |= {"teacher": Path(settings.teacher).name}
+    return Recipe.model_validate(content)

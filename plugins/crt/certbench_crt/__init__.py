@@ -1,0 +1,43 @@
+"""CRT: certified robustness by transfer from a trained teacher (NeurIPS 2022, arXiv 2210.14283).
+
+Smallest real run: ``certbench run crt/digits-l2-0.5``.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from typing import TYPE_CHECKING
+
+from certbench.contract import MethodCard, TrainTask
+from certbench.hookspecs import hookimpl
+from certbench.recipe import SEQUENTIAL
+from certbench_crt.settings import CRTSettings
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@hookimpl
+def register_methods() -> list[MethodCard]:
+    return [
+        MethodCard(
+            name="crt",
+            summary="the outputs of a certifiably robust teacher on noisy images, at the price of Gaussian noise alone",
+            paper="Accelerating Certified Robustness Training via Knowledge Transfer, arXiv 2210.14283",
+            norm="l2",
+            guarantee="statistical",
+            settings=CRTSettings,
+            recipes=files("certbench_crt") / "recipes",
+            certifier=SEQUENTIAL,
+            limits="No better than its teacher, whose training is a cost of its own; certificates hold with a "
+            "probability.",
+        )
+    ]
+
+
+@hookimpl
+def train(task: TrainTask) -> nn.Module:
+    from certbench.training import fit
+    from certbench_crt.objective import CRT
+
+    return fit(task, CRT(task))

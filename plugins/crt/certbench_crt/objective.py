@@ -1,0 +1,60 @@
+"""The objective of CRT, with the symbols of arXiv 2210.14283."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from certbench.contract import TrainTask
+from certbench.data.dataset import to_pixels
+from certbench.errors import RunError
+from certbench.training import NoisyObjective, Step
+
+
+class CRT(NoisyObjective):
+    """``a ||z_S - z_T||_2 + (1 - a) CE(z_S, y)`` of student and teacher on the same noisy images, one noise each."""
+
+    def __init__(self, task: TrainTask) -> None:
+        super().__init__(task)
+        self.teacher = task.teacher
+
+    def prepare(self, network: nn.Module, batches_per_epoch: int) -> None:
+        """
+        Raises:
+            RunError: the teacher's logits on noisy training images are not finite.
+        """
+        super().prepare(network, batches_per_epoch)
+        if self.teacher is None:  # the finished student is only loaded
+            return
+        images = self.task.dataset.train.images[: self.task.recipe.train.batch_size].to(self.task.device)
+        x = to_pixels(images, self.task.dataset.info.levels)
+        if not self.teacher_logits(x + self.noises(x, 1, Step(0, 1, 1))[0]).isfinite().all():
+            raise RunError(
+                f"{self.task.recipe.name}: teacher {self.teacher.name} gives logits that are NaN or infinite on noisy "
+                "training images; train it again"
+            )
+
+    @torch.no_grad()
+    def teacher_logits(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.teacher.network(x)
+        return logits
+
+    def loss(self, images: Tensor, labels: Tensor, step: Step) -> tuple[Tensor, dict[str, Tensor | float]]:
+        x = images + self.noises(images, 1, step)[0]
+        z_S, z_T = self.network(x), self.teacher_logits(x)
+        transfer = transfer_loss(z_S, z_T, self.settings.space)
+        natural = F.cross_entropy(z_S, labels)
+        a = self.settings.transfer_weight
+        agree = (z_S.argmax(1) == z_T.argmax(1)).float().mean()
+        return a * transfer + (1 - a) * natural, {"transfer": transfer.detach(), "agree": agree}
+
+
+def transfer_loss(z_S: Tensor, z_T: Tensor, space: str = "logits") -> Tensor:
+    """Mean Euclidean distance of the student's and the teacher's outputs, (batch, classes) each; not squared.
+
+    The gradient by an image's logits has length 1 however far they are apart, and is 0 where they are equal.
+    """
+    if space == "probs":
+        z_S, z_T = z_S.softmax(1), z_T.softmax(1)
+    return torch.linalg.vector_norm(z_S - z_T, dim=1).mean()
