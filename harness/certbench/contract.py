@@ -46,7 +46,8 @@ class MethodCard:
     """What a method says of itself; leaderboards and ``certbench list methods`` read it.
 
     ``settings`` validates the ``[method]`` table; ``recipes`` is a folder of TOML files; ``certifier`` names the one of
-    the core's that a recipe gets unless it names another.
+    the core's that a recipe gets unless it names another. ``published`` is a folder of TOML files with the figures of
+    papers. A ``baseline`` is what other methods are compared with; the quickstart leaves it out.
 
     ``numerics`` is raised whenever a change of the method moves numbers. It, not the distribution's version, enters
     the run id, so an update that changes no number does not force anyone to train again.
@@ -60,8 +61,10 @@ class MethodCard:
     settings: type[Strict]
     certifier: str
     recipes: Traversable | None = None
+    baseline: bool = False
     numerics: int = 1
     limits: str = ""
+    published: Traversable | None = None
 
 
 class Reporter(Protocol):

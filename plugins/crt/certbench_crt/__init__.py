@@ -1,4 +1,4 @@
-"""CRT: certified robustness by transfer from a trained teacher (NeurIPS 2022, arXiv 2210.14283).
+"""CRT: certified robustness by transfer from a trained teacher (Vaishnavi et al., NeurIPS 2022, arXiv 2210.14283).
 
 Smallest real run: ``certbench run crt/digits-l2-0.5``.
 """
@@ -23,11 +23,12 @@ def register_methods() -> list[MethodCard]:
         MethodCard(
             name="crt",
             summary="the outputs of a certifiably robust teacher on noisy images, at the price of Gaussian noise alone",
-            paper="Accelerating Certified Robustness Training via Knowledge Transfer, arXiv 2210.14283",
+            paper="Vaishnavi, Eykholt, Rahmati: Accelerating Certified Robustness Training via Knowledge Transfer, arXiv 2210.14283",
             norm="l2",
             guarantee="statistical",
             settings=CRTSettings,
             recipes=files("certbench_crt") / "recipes",
+            published=files("certbench_crt") / "published",
             certifier=SEQUENTIAL,
             limits="No better than its teacher, whose training is a cost of its own; certificates hold with a "
             "probability.",

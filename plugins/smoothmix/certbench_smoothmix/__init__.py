@@ -29,6 +29,7 @@ def register_methods() -> list[MethodCard]:
             guarantee="statistical",
             settings=SmoothMixSettings,
             recipes=files("certbench_smoothmix") / "recipes",
+            published=files("certbench_smoothmix") / "published",
             certifier=SEQUENTIAL,
             limits="About five times the training cost of Gaussian noise alone; certificates hold with a probability.",
         )
