@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from certbench.contract import TrainTask
+from certbench.data.dataset import Split
 from certbench.errors import DataError
 from certbench.training.fit import Step
 from certbench.training.noise import gaussian_noise
@@ -34,10 +35,9 @@ class NoisyObjective:
             DataError: a training image leaves [0, 1], where attacks and radii live.
         """
         train, info = self.task.dataset.train, self.task.dataset.info
-        if int(train.images.max()) > info.levels:
+        if isinstance(train, Split) and (most := int(train.images.max())) > info.levels:
             raise DataError(
-                f"training images of {info.name} leave [0, 1]: one has the value {int(train.images.max())} of "
-                f"{info.levels} levels"
+                f"training images of {info.name} leave [0, 1]: one holds {most}, and 1 is {info.levels}"
             )
         self.network = network
 

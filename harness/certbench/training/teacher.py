@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,16 +104,23 @@ def check_teacher(card: NetworkCard, student: Recipe, dataset: Dataset, settings
             f"{where} takes images {taught.shape} of {len(card.class_names)} classes, the student {info.shape} of "
             f"{info.classes}"
         )
-    differences = {
-        "noise": (card.sigma, student.threat.sigma),
-        "training data": (f"{card.dataset} {card.dataset_digest[:16]}", f"{info.name} {dataset.digest[:16]}"),
-        "class order": (", ".join(card.class_names), ", ".join(info.class_names)),
-    }
-    for what, (its, own) in differences.items():
+    for what, its, own in _differences(card, student, dataset):
         if its != own and not settings.force_teacher:
             raise UsageError(
                 f"{where} has another {what}: {its}, the student {own}; method.force_teacher = true takes it all the same"
             )
+
+
+def _differences(
+    card: NetworkCard, student: Recipe, dataset: Dataset
+) -> Iterator[tuple[str, object, object]]:
+    """What is compared: its name, the teacher's, the student's."""
+    info = dataset.info
+    yield "noise level", card.sigma, student.threat.sigma
+    pairs = zip(card.class_names, info.class_names, strict=True)
+    yield from ((f"class {number}", its, own) for number, (its, own) in enumerate(pairs))
+    its_data = f"{card.dataset} ({card.dataset_digest[:16]})"
+    yield "training set", its_data, f"{info.name} ({dataset.digest[:16]})"
 
 
 def find_teacher(student: Recipe, plugins: Plugins) -> Recipe | NetworkFile:

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from certbench.contract import TrainTask
-from certbench.data.dataset import to_pixels
 from certbench.errors import RunError
 from certbench.training import NoisyObjective, Step
 
@@ -22,17 +21,17 @@ class CRT(NoisyObjective):
     def prepare(self, network: nn.Module, batches_per_epoch: int) -> None:
         """
         Raises:
-            RunError: the teacher's logits on noisy training images are not finite.
+            RunError: the teacher's logits are not finite, on images of noise alone.
         """
         super().prepare(network, batches_per_epoch)
         if self.teacher is None:  # the finished student is only loaded
             return
-        images = self.task.dataset.train.images[: self.task.recipe.train.batch_size].to(self.task.device)
-        x = to_pixels(images, self.task.dataset.info.levels)
-        if not self.teacher_logits(x + self.noises(x, 1, Step(0, 1, 1))[0]).isfinite().all():
+        images = torch.rand(16, *self.task.dataset.info.shape, device=self.task.device)
+        x = images + self.noises(images, 1, Step(0, 1, batches_per_epoch))[0]
+        if not self.teacher_logits(x).isfinite().all():
             raise RunError(
-                f"{self.task.recipe.name}: teacher {self.teacher.name} gives logits that are NaN or infinite on noisy "
-                "training images; train it again"
+                f"{self.task.recipe.name}: teacher {self.teacher.name} gives logits that are NaN or infinite on noise; "
+                "train it again"
             )
 
     @torch.no_grad()
