@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from certbench_crt.objective import transfer_loss
+from certbench.contract import SilentReporter, TrainTask
+from certbench.data.dataset import to_pixels
+from certbench.data.files import load_dataset
+from certbench.errors import RunError, UsageError
+from certbench.models import build_network
+from certbench.plugins import installed
+from certbench.recorded import load_run
+from certbench.results.store import ResultStore
+from certbench.run import Run, RunOutcome, run_recipe
+from certbench.training import fit
+from certbench.training.checkpoint import save_network
+from certbench.training.teacher import ready
+from certbench_crt.objective import CRT, transfer_loss
 
 ARRAYS = np.load(Path(__file__).parent / "data" / "crt.npz", allow_pickle=False)
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-12}
@@ -53,3 +69,224 @@ def test_three_steps_as_the_released_code_takes_them(case: str) -> None:
     for key, value in tiny(f"{case}_w1_").state_dict().items():
         if key in {name.removeprefix(f"{case}_w1_") for name in ARRAYS}:
             torch.testing.assert_close(student.state_dict()[key], value, **TOLERANCE)
+
+
+def test_distances_by_hand_and_in_probabilities() -> None:
+    z_S, z_T = torch.tensor([[3.0, 0.0], [1.0, 1.0]]), torch.tensor([[0.0, 4.0], [1.0, 1.0]])
+    assert float(transfer_loss(z_S, z_T)) == pytest.approx(2.5)
+    p = transfer_loss(z_S, z_T, "probs")
+    assert float(p) == pytest.approx(float((z_S.softmax(1) - z_T.softmax(1)).norm(dim=1).mean()))
+    z = z_T.clone().requires_grad_()
+    transfer_loss(z, z_T).backward()
+    assert torch.equal(z.grad, torch.zeros(2, 2)), "no slope at equality"
+    far = (z_T + torch.tensor([1e-6, 0.0])).requires_grad_()
+    transfer_loss(far, z_T).backward()
+    torch.testing.assert_close(far.grad.norm(dim=1), torch.full((2,), 0.5), msg="a unit vector for each image")
+
+
+# The teacher, found by the harness ----------------------------------------------------------------------------------
+
+SHORT = ["train.epochs=2", "train.milestones=[]", "train.batch_size=128", "certify.smoothing.n=1000"]
+DIGITS = load_dataset("digits", None)
+
+
+def teacher_file(folder: Path, **card: object) -> Path:
+    """An untrained network with its card, as a run leaves it behind."""
+    folder.mkdir(exist_ok=True)
+    path = folder / "teacher.safetensors"
+    save_network(path, build_network("cnn-small", DIGITS.info, 5))
+    known = {
+        "model": "cnn-small",
+        "dataset": "digits",
+        "dataset_digest": DIGITS.digest,
+        "class_names": DIGITS.info.class_names,
+        "sigma": 0.5,
+        **card,
+    }
+    path.with_suffix(".json").write_text(json.dumps(known))
+    return path
+
+
+def run_student(teacher: object, out: Path, *overrides: str) -> RunOutcome:
+    changes = [f"method.teacher={teacher}", *SHORT, *overrides]
+    return run_recipe("crt/digits-l2-0.5", out=out, device="cpu", overrides=changes)
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, RunOutcome]:
+    """A teacher's file, the folder of results, and the student's run."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("crt")
+    path = teacher_file(out / "files")
+    return path, out / "out", run_student(path, out / "out")
+
+
+def test_a_student_of_a_file_records_its_teacher(taught: tuple[Path, Path, RunOutcome]) -> None:
+    path, out, outcome = taught
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    row = ResultStore(out / "results").run(outcome.run_id)
+    recorded = json.loads(row["recipe"])["method"]
+    assert (recorded["teacher"], recorded["teacher_id"]) == ("teacher.safetensors", digest)
+    notes = json.loads((outcome.folder / "teacher.json").read_text())
+    assert notes["id"] == notes["digest"] == digest
+    assert notes["card"]["sigma"] == 0.5
+
+
+def test_the_run_id_follows_the_teachers_content_and_not_its_place(
+    taught: tuple[Path, Path, RunOutcome], tmp_path: Path
+) -> None:
+    path, out, outcome = taught
+    moved = teacher_file(tmp_path / "elsewhere")
+    assert run_student(moved, out) == replace(outcome, recipe=run_student(moved, out).recipe)
+    other = build_network("cnn-small", DIGITS.info, 6)
+    save_network(moved, other)
+    changed = Run.prepare(
+        installed().find_recipe("crt/digits-l2-0.5", [f"method.teacher={moved}", *SHORT]),
+        tmp_path / "out",
+        None,
+        torch.device("cpu"),
+        installed(),
+        SilentReporter(),
+    )
+    assert changed.id != outcome.run_id
+    assert path.read_bytes() != moved.read_bytes()
+
+
+def test_a_finished_student_is_loaded_without_its_teacher(taught: tuple[Path, Path, RunOutcome]) -> None:
+    path, out, outcome = taught
+    path.rename(path.with_suffix(".away"))
+    try:
+        network = load_run(outcome.run_id, out=out, device="cpu").network
+    finally:
+        path.with_suffix(".away").rename(path)
+    assert not network.training
+
+
+def test_a_student_teaches_the_next_and_is_trained_when_it_is_missing(
+    taught: tuple[Path, Path, RunOutcome], tmp_path: Path
+) -> None:
+    path, out, outcome = taught
+    recipe = installed().recipes()["crt/digits-l2-0.5"].read_text()
+    first = tmp_path / "first.toml"
+    text = recipe.replace('"smoothmix/digits-l2-0.5"', json.dumps(str(path))).replace("epochs = 30", "epochs = 1")
+    first.write_text(text.replace("milestones = [20, 26]", "").replace("10_000", "1000"))
+    second = run_student(first, out)
+    rows = {row["run_id"]: row for row in ResultStore(out / "results").read("runs").to_pylist()}
+    teacher_id = json.loads(rows[second.run_id]["recipe"])["method"]["teacher_id"]
+    assert teacher_id in rows
+    assert json.loads(rows[teacher_id]["recipe"])["method"]["teacher_id"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    notes = json.loads((second.folder / "teacher.json").read_text())
+    assert notes["digest"] == rows[teacher_id]["checkpoint_digest"]
+    stages = ResultStore(out / "results").read("timings").to_pandas().groupby("run_id")["stage"].apply(list)
+    assert stages[teacher_id] == ["train"], "the teacher's training has its own timing, and it is not certified"
+    by_file = run_student(out / "runs" / teacher_id / "network.safetensors", out)
+    assert by_file.run_id != second.run_id
+    weights = [load_file(run.folder / "network.safetensors") for run in (second, by_file)]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0]), "the same teacher either way"
+    assert outcome.run_id not in (second.run_id, teacher_id)
+
+
+def test_teachers_in_a_circle_are_refused(tmp_path: Path) -> None:
+    recipe = installed().recipes()["crt/digits-l2-0.5"].read_text()
+    names = [tmp_path / "one.toml", tmp_path / "two.toml"]
+    for own, other in (names, names[::-1]):
+        own.write_text(recipe.replace('"smoothmix/digits-l2-0.5"', json.dumps(str(other))))
+    with pytest.raises(UsageError, match="teachers in a circle: .*one.toml <- .*two.toml <- .*one.toml"):
+        run_recipe(str(names[1]), out=tmp_path / "out", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("card", "words"),
+    [
+        ({"sigma": 0.25}, "another noise level: 0.25, the student 0.5; method.force_teacher = true"),
+        ({"sigma": None}, "another noise level: None, the student 0.5"),
+        ({"class_names": ["1", "0", *map(str, range(2, 10))]}, "another class 0: 1, the student 0"),
+        ({"dataset_digest": "0" * 64}, r"another training set: digits \(0000000000000000\)"),
+        ({"class_names": ["0", "1"]}, "of 2 classes, the student"),
+        ({"dataset": "mnist"}, r"takes images \(1, 28, 28\)"),
+        ({"model": "cnn7"}, "holds no weights of 'cnn7'"),
+        ({"model": "cnn8"}, "unknown model 'cnn8'"),
+        ({"modle": "cnn7"}, "unknown key 'modle'; did you mean 'model'?"),
+    ],
+)
+def test_an_unsuitable_teacher_is_refused_before_training(
+    tmp_path: Path, card: dict[str, object], words: str
+) -> None:
+    path = teacher_file(tmp_path / "files", **card)
+    with pytest.raises(UsageError, match=words):
+        run_student(path, tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("epoch-*"))
+
+
+def test_a_forced_teacher_of_another_noise_level_is_taken(tmp_path: Path) -> None:
+    path = teacher_file(tmp_path / "files", sigma=0.25)
+    assert run_student(path, tmp_path / "out", "method.force_teacher=true", "train.epochs=1").run_id
+
+
+def test_a_missing_teacher_is_an_error_that_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="there is no .*none.safetensors; a teacher may also be the name of a recipe"):
+        run_student(tmp_path / "none.safetensors", tmp_path / "out")
+    path = teacher_file(tmp_path / "files")
+    path.with_suffix(".json").unlink()
+    with pytest.raises(UsageError, match=r"there is no .*teacher.json"):
+        run_student(path, tmp_path / "out")
+    with pytest.raises(UsageError, match="unknown recipe 'crt/nothing'"):
+        run_student("crt/nothing", tmp_path / "out")
+
+
+def test_a_pinned_teacher_must_be_the_one(tmp_path: Path) -> None:
+    path = teacher_file(tmp_path / "files")
+    with pytest.raises(UsageError, match="not the 0123456789abcdef that method.teacher_id asks for"):
+        run_student(path, tmp_path / "out", "method.teacher_id=0123456789abcdef")
+
+
+def test_a_teacher_with_logits_that_are_not_finite_is_refused_before_training(tmp_path: Path) -> None:
+    path = teacher_file(tmp_path / "files")
+    network = build_network("cnn-small", DIGITS.info, 5)
+    with torch.no_grad():
+        network[-1].bias[3] = torch.nan
+    save_network(path, network)
+    with pytest.raises(RunError, match="gives logits that are NaN or infinite"):
+        run_student(path, tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("epoch-*"))
+
+
+def test_the_student_comes_to_agree_with_its_teacher(tmp_path: Path) -> None:
+    task = objective_task(tmp_path)
+    student = fit(task, CRT(task))
+    x = to_pixels(DIGITS.train.images, 16)
+    x = x + 0.5 * torch.randn(x.shape)
+    with torch.no_grad():
+        z_S, z_T = student(x), task.teacher.network(x)
+    assert (z_S.argmax(1) == z_T.argmax(1)).float().mean() > 0.9
+    assert not any(p.requires_grad for p in task.teacher.network.parameters())
+    assert not task.teacher.network.training
+
+
+def objective_task(folder: Path) -> TrainTask:
+    """A student that starts from other weights than its teacher, which was never trained."""
+    recipe = installed().find_recipe("crt/digits-l2-0.5", ["train.epochs=12", "train.milestones=[8]"])
+    network = build_network("cnn-small", DIGITS.info, 5)
+    return TrainTask(
+        recipe=recipe,
+        settings=installed().settings(recipe),
+        dataset=DIGITS,
+        device=torch.device("cpu"),
+        folder=folder,
+        build_network=lambda: build_network("cnn-small", DIGITS.info, 0),
+        teacher=ready("a random network", network, torch.device("cpu")),
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("method.transfer_weight=1.5", "method.transfer_weight = 1.5"),
+        ("method.space=cosine", "method.space"),
+        ("method.teacher_id=xyz", "method.teacher_id"),
+        ("method.a=1", "unknown key 'method.a'"),
+    ],
+)
+def test_bad_settings_are_explained(override: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        installed().find_recipe("crt/digits-l2-0.5", [override])
