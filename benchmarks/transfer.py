@@ -54,10 +54,14 @@ def random_data(info: DatasetInfo, count: int) -> Dataset:
     return Dataset(info, split, split.slice(0, 1), "random")
 
 
-def epoch_seconds(method: str, model: str, teacher: str, data: Dataset, rows: int, device: torch.device) -> float:
+def epoch_seconds(
+    method: str, model: str, teacher: str, data: Dataset, rows: int, device: torch.device
+) -> float:
     """Seconds of one epoch of a method on a fresh network."""
     plugins, info = installed(), data.info
-    batch = rows // 16 if method == "macer" else rows  # its noises share a pass; the others' take turns, or are one
+    batch = (
+        rows // 16 if method == "macer" else rows
+    )  # its noises share a pass; the others' take turns, or are one
     recipe = parse_recipe(
         {
             "dataset": info.name,
@@ -101,7 +105,9 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
 def report(epoch: dict[str, float]) -> None:
     total = {name: EPOCHS[name] * epoch[name] for name in METHODS}
     teacher = EPOCHS["smoothmix"] * epoch["teacher"]
-    print("\n| method | s an epoch | of Gaussian | epochs | hours | hours of CRT's student |\n|---|---|---|---|---|---|")
+    print(
+        "\n| method | s an epoch | of Gaussian | epochs | hours | hours of CRT's student |\n|---|---|---|---|---|---|"
+    )
     for name in METHODS:
         print(
             f"| {name} | {epoch[name]:.1f} | {epoch[name] / epoch['gaussian']:.2f} | {EPOCHS[name]} "
@@ -111,7 +117,10 @@ def report(epoch: dict[str, float]) -> None:
     print("How many times cheaper CRT is:\n")
     print(f"| | {' | '.join(DEAR)} | mean |\n|{'---|' * (len(DEAR) + 2)}")
     per_epoch = [epoch[name] / epoch["crt"] for name in DEAR]
-    lines = {"an epoch": per_epoch, "a whole training, teacher apart": [total[n] / total["crt"] for n in DEAR]}
+    lines = {
+        "an epoch": per_epoch,
+        "a whole training, teacher apart": [total[n] / total["crt"] for n in DEAR],
+    }
     for students in STUDENTS:
         cost = total["crt"] + teacher / students
         lines[f"with its share of a teacher of {students}"] = [total[name] / cost for name in DEAR]
@@ -131,7 +140,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     assert not torch.is_anomaly_enabled()
-    where = torch.cuda.get_device_name() if args.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    where = (
+        torch.cuda.get_device_name() if args.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    )
     print(f"{args.student} on {args.dataset}, teacher {args.teacher}, {args.images} images a round, {where}")
     report(measure(args))
 

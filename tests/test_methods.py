@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+import tempfile
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from torch import Tensor
 
 from certbench.audit.ball import ball
 from certbench.audit.search import gradient_guide
 from certbench.bounds import input_box, trace
-from certbench.contract import Reporter, SilentReporter
+from certbench.contract import Reporter, SilentReporter, TeacherSettings, TrainTask
 from certbench.data.dataset import to_pixels
 from certbench.data.files import load_dataset
 from certbench.plugins import installed
+from certbench.recipe import parse_recipe
 from certbench.recorded import load_run
 from certbench.results.checks import check_store
 from certbench.results.store import ResultStore
 from certbench.run import RunOutcome, run_recipe
+from certbench.training import NoisyObjective, Step, fit
+from certbench.training.checkpoint import save_network
+from certbench.training.teacher import NetworkCard
 
 METHODS = sorted(set(installed().methods()) - {"constant"})
 """The constant classifier learns nothing and keeps no checkpoint; its plugin tests it."""
 SHORT = ["train.epochs=4", "train.milestones=[3]", "train.batch_size=128"]
 RAMP = ["method.ramp_epochs=2"]
 ATTACK = [*RAMP, "method.attack_steps=2"]
+DRAWS = "certify.smoothing.n=300"
 PER_METHOD = {
     "fast-ibp": RAMP,
     "adaptive-radii": RAMP,
@@ -36,7 +44,13 @@ PER_METHOD = {
     "mtl-ibp": ATTACK,
     "abstraction": ["train.schedule=milestones"],
     "abstraction-ibp": [*RAMP, "train.schedule=milestones"],
-    "gaussian": ["certify.smoothing.n=500"],
+    "smoothmix": [DRAWS, "method.warm_up_epochs=2", "method.attack_iterations=2"],
+    "crt": [DRAWS],
+    "gaussian": [DRAWS],
+    "stability": [DRAWS],
+    "consistency": [DRAWS],
+    "smoothadv": [DRAWS, "method.warm_up_epochs=2", "method.attack_iterations=2"],
+    "macer": [DRAWS, "method.delay_epochs=2"],
 }
 """What a four-epoch run of a method needs besides ``SHORT``; a new method adds its line here."""
 
@@ -47,9 +61,48 @@ def recipe_of(method: str) -> str:
     return next(name for name in installed().recipes() if name.startswith(f"{method}/digits-"))
 
 
+class PlainNoise(NoisyObjective):
+    """Cross entropy on noisy images."""
+
+    def loss(self, images: Tensor, labels: Tensor, step: Step) -> tuple[Tensor, dict[str, Tensor | float]]:
+        logits = self.network(images + self.noises(images, 1, step)[0])
+        return torch.nn.functional.cross_entropy(logits, labels), {}
+
+
+@cache
+def teacher() -> Path:
+    """A network file for methods that learn from one, made by the core alone."""
+    folder, dataset = Path(tempfile.mkdtemp()), load_dataset("digits", None)
+    content = {
+        "dataset": "digits",
+        "model": "cnn-small",
+        "threat": {"norm": "l2", "sigma": 0.5},
+        "method": {"name": "plain"},
+        "train": {"epochs": 8, "learning_rate": 5e-3},
+    }
+    recipe = parse_recipe(content, "teacher")
+    task = TrainTask(
+        recipe=recipe,
+        settings=None,
+        dataset=dataset,
+        device=torch.device("cpu"),
+        folder=folder / "run",
+        build_network=lambda: build_network("cnn-small", dataset.info, 1),
+    )
+    save_network(folder / "teacher.safetensors", fit(task, PlainNoise(task)))
+    (folder / "teacher.json").write_text(NetworkCard.of(recipe, dataset).model_dump_json())
+    return folder / "teacher.safetensors"
+
+
+def overrides(method: str) -> list[str]:
+    learns = issubclass(installed().owner(method).card.settings, TeacherSettings)
+    return [*SHORT, *PER_METHOD.get(method, []), *([f"method.teacher={teacher()}"] if learns else [])]
+
+
 def short_run(method: str, out: Path, reporter: Reporter | None = None) -> RunOutcome:
-    overrides = [*SHORT, *PER_METHOD.get(method, [])]
-    return run_recipe(recipe_of(method), out=out, device="cpu", overrides=overrides, reporter=reporter)
+    return run_recipe(
+        recipe_of(method), out=out, device="cpu", overrides=overrides(method), reporter=reporter
+    )
 
 
 @pytest.fixture(scope="module", params=METHODS)
@@ -79,7 +132,7 @@ def test_every_test_image_gets_one_certificate_and_the_store_holds_together(
         assert outcome.clean_accuracy > 0.2, "four epochs are enough to beat guessing"
     run = ResultStore(out / "results").run(outcome.run_id)
     assert (run["method"], run["dataset"], run["epochs"]) == (method, "digits", 4)
-    assert run["recipe_name"].endswith(" ".join(f"+{o}" for o in [*SHORT, *PER_METHOD.get(method, [])]))
+    assert run["recipe_name"].endswith(" ".join(f"+{change}" for change in overrides(method)))
     assert {"train"} < set(rows(out, "timings")["stage"])
 
 

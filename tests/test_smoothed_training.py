@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -165,8 +166,8 @@ def test_the_climb_goes_up_leaves_the_network_alone_and_stays_among_pixels() -> 
     assert path[0] is images
     network.eval()
     hits = [soft_vote(noisy_logits(network, x, noises)).gather(1, labels[:, None]) for x in path]
-    assert all((after < start).all() for start, after in zip(hits, hits[1:], strict=False))
-    steps = [(b - a).flatten(1).norm(dim=1) for a, b in zip(path, path[1:], strict=False)]
+    assert all((after < start).all() for start, after in itertools.pairwise(hits))
+    steps = [(b - a).flatten(1).norm(dim=1) for a, b in itertools.pairwise(path)]
     assert all((step <= 0.05 + 1e-9).all() for step in steps)
     assert all(((x >= 0) & (x <= 1)).all() for x in path)
     network.train()

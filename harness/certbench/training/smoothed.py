@@ -52,7 +52,7 @@ def noisy_logits(network: nn.Module, images: Tensor, noises: Tensor) -> Tensor:
     ``images`` may have a batch of their own for each noise, shape (m, batch, channels, height, width).
     """
     logits: Tensor = network((images + noises).flatten(0, 1))
-    return logits.unflatten(0, noises.shape[:2])
+    return logits.reshape(*noises.shape[:2], -1)
 
 
 def soft_vote(logits: Tensor) -> Tensor:

@@ -136,7 +136,9 @@ def find_teacher(student: Recipe, plugins: Plugins) -> Recipe | NetworkFile:
     settings = plugins.settings(recipe)
     while isinstance(settings, TeacherSettings) and not settings.teacher.endswith(".safetensors"):
         if settings.teacher in chain:
-            raise UsageError(f"{student.name}: teachers in a circle: {' <- '.join([*chain, settings.teacher])}")
+            raise UsageError(
+                f"{student.name}: teachers in a circle: {' <- '.join([*chain, settings.teacher])}"
+            )
         chain.append(settings.teacher)
         settings = plugins.settings(plugins.find_recipe(settings.teacher))
     return recipe

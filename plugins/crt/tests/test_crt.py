@@ -42,7 +42,12 @@ def tiny(start: str) -> nn.Module:
     weights = {key.removeprefix(start): array(key) for key in ARRAYS if key.startswith(start)}
     parts: list[tuple[str, nn.Module]] = [("conv", nn.Conv2d(1, 4, 3, padding=1))]
     parts += [("bn", nn.BatchNorm2d(4))] if "bn.weight" in weights else []
-    parts += [("relu", nn.ReLU()), ("pool", nn.AvgPool2d(2)), ("flatten", nn.Flatten()), ("fc", nn.Linear(64, 5))]
+    parts += [
+        ("relu", nn.ReLU()),
+        ("pool", nn.AvgPool2d(2)),
+        ("flatten", nn.Flatten()),
+        ("fc", nn.Linear(64, 5)),
+    ]
     network = nn.Sequential(OrderedDict(parts)).double()
     network.load_state_dict(weights, strict=False)
     return network
@@ -81,7 +86,9 @@ def test_distances_by_hand_and_in_probabilities() -> None:
     assert torch.equal(z.grad, torch.zeros(2, 2)), "no slope at equality"
     far = (z_T + torch.tensor([1e-6, 0.0])).requires_grad_()
     transfer_loss(far, z_T).backward()
-    torch.testing.assert_close(far.grad.norm(dim=1), torch.full((2,), 0.5), msg="a unit vector for each image")
+    torch.testing.assert_close(
+        far.grad.norm(dim=1), torch.full((2,), 0.5), msg="a unit vector for each image"
+    )
 
 
 # The teacher, found by the harness ----------------------------------------------------------------------------------
@@ -168,21 +175,30 @@ def test_a_student_teaches_the_next_and_is_trained_when_it_is_missing(
     path, out, outcome = taught
     recipe = installed().recipes()["crt/digits-l2-0.5"].read_text()
     first = tmp_path / "first.toml"
-    text = recipe.replace('"smoothmix/digits-l2-0.5"', json.dumps(str(path))).replace("epochs = 30", "epochs = 1")
+    text = recipe.replace('"smoothmix/digits-l2-0.5"', json.dumps(str(path))).replace(
+        "epochs = 30", "epochs = 1"
+    )
     first.write_text(text.replace("milestones = [20, 26]", "").replace("10_000", "1000"))
     second = run_student(first, out)
     rows = {row["run_id"]: row for row in ResultStore(out / "results").read("runs").to_pylist()}
     teacher_id = json.loads(rows[second.run_id]["recipe"])["method"]["teacher_id"]
     assert teacher_id in rows
-    assert json.loads(rows[teacher_id]["recipe"])["method"]["teacher_id"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert (
+        json.loads(rows[teacher_id]["recipe"])["method"]["teacher_id"]
+        == hashlib.sha256(path.read_bytes()).hexdigest()
+    )
     notes = json.loads((second.folder / "teacher.json").read_text())
     assert notes["digest"] == rows[teacher_id]["checkpoint_digest"]
     stages = ResultStore(out / "results").read("timings").to_pandas().groupby("run_id")["stage"].apply(list)
-    assert stages[teacher_id] == ["train"], "the teacher's training has its own timing, and it is not certified"
+    assert stages[teacher_id] == ["train"], (
+        "the teacher's training has its own timing, and it is not certified"
+    )
     by_file = run_student(out / "runs" / teacher_id / "network.safetensors", out)
     assert by_file.run_id != second.run_id
     weights = [load_file(run.folder / "network.safetensors") for run in (second, by_file)]
-    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0]), "the same teacher either way"
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0]), (
+        "the same teacher either way"
+    )
     assert outcome.run_id not in (second.run_id, teacher_id)
 
 
@@ -224,7 +240,9 @@ def test_a_forced_teacher_of_another_noise_level_is_taken(tmp_path: Path) -> Non
 
 
 def test_a_missing_teacher_is_an_error_that_says_so(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="there is no .*none.safetensors; a teacher may also be the name of a recipe"):
+    with pytest.raises(
+        UsageError, match="there is no .*none.safetensors; a teacher may also be the name of a recipe"
+    ):
         run_student(tmp_path / "none.safetensors", tmp_path / "out")
     path = teacher_file(tmp_path / "files")
     path.with_suffix(".json").unlink()

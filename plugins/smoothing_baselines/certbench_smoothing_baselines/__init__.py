@@ -101,5 +101,7 @@ def train(task: TrainTask) -> nn.Module:
         "smoothadv": SmoothAdv,
         "macer": MACER,
     }
-    chunks = task.settings.noises if name == "smoothadv" else 1  # as released: m steps per batch, m noises each
+    chunks = (
+        task.settings.noises if name == "smoothadv" else 1
+    )  # as released: m steps per batch, m noises each
     return fit(task, objectives[name](task), chunks)

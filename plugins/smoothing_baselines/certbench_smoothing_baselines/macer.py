@@ -22,7 +22,10 @@ class MACER(NoisyObjective):
         if step.epoch <= of.delay_epochs:
             return natural, {"natural": natural.detach()}
         hinge, active = radius_hinge(logits, labels, self.sigma, of.beta, of.gamma)
-        return natural + of.weight * hinge.mean(), {"natural": natural.detach(), "active": active.float().mean()}
+        return natural + of.weight * hinge.mean(), {
+            "natural": natural.detach(),
+            "active": active.float().mean(),
+        }
 
 
 def radius_hinge(

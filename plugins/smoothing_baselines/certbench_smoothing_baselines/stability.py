@@ -16,4 +16,7 @@ class Stability(NoisyObjective):
         clean, noisy = self.network(images), self.network(images + delta)
         natural = F.cross_entropy(clean, labels)
         stable = F.cross_entropy(noisy, clean.softmax(1))
-        return natural + self.settings.weight * stable, {"natural": natural.detach(), "stable": stable.detach()}
+        return natural + self.settings.weight * stable, {
+            "natural": natural.detach(),
+            "stable": stable.detach(),
+        }

@@ -25,7 +25,9 @@ class SmoothMix(NoisyObjective):
         )
         s = keep_near(path[of.mix_step], images, of.attack_step * of.mix_step * w)
         lam = self.shares(len(images), step)
-        loss, mask = mixed_loss(self.network, s, path[-1], labels, delta, lam, of.mix_weight * w, of.detach_target)
+        loss, mask = mixed_loss(
+            self.network, s, path[-1], labels, delta, lam, of.mix_weight * w, of.detach_target
+        )
         return loss, {"right": mask.float().mean(), "w": w}
 
     def shares(self, count: int, step: Step) -> Tensor:

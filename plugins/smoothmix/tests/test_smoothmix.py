@@ -36,16 +36,35 @@ class Case:
         return torch.from_numpy(ARRAYS[f"smix_{self.name}_{key}"])
 
     def __getattr__(self, key: str) -> float:
-        names = "m T alpha mix_step eta w sigma maxnorm lr momentum weight_decay".split()
+        names = [
+            "m",
+            "T",
+            "alpha",
+            "mix_step",
+            "eta",
+            "w",
+            "sigma",
+            "maxnorm",
+            "lr",
+            "momentum",
+            "weight_decay",
+        ]
         return float(self["hp"][names.index(key)])
 
     def network(self, prefix: str) -> nn.Module:
         """The README's tiny network with the weights before (``w0_``) or after (``w1_``) the batch."""
         start = f"smix_{self.name}_{prefix}"
-        weights = {key.removeprefix(start): torch.from_numpy(ARRAYS[key]) for key in ARRAYS if key.startswith(start)}
+        weights = {
+            key.removeprefix(start): torch.from_numpy(ARRAYS[key]) for key in ARRAYS if key.startswith(start)
+        }
         parts: list[tuple[str, nn.Module]] = [("conv", nn.Conv2d(1, 4, 3, padding=1))]
         parts += [("bn", nn.BatchNorm2d(4))] if "bn.weight" in weights else []
-        parts += [("relu", nn.ReLU()), ("pool", nn.AvgPool2d(2)), ("flatten", nn.Flatten()), ("fc", nn.Linear(64, 5))]
+        parts += [
+            ("relu", nn.ReLU()),
+            ("pool", nn.AvgPool2d(2)),
+            ("flatten", nn.Flatten()),
+            ("fc", nn.Linear(64, 5)),
+        ]
         network = nn.Sequential(OrderedDict(parts)).double()
         network.load_state_dict(weights, strict=False)
         return network.train()
@@ -84,7 +103,9 @@ def test_a_detached_target_is_another_method() -> None:
     grads = []
     for detached in (False, True):
         network = case.network("w0_")
-        loss, _ = mixed_loss(network, case["init"][0], case["adv"][0], y, delta, lam, case.eta * case.w, detached)
+        loss, _ = mixed_loss(
+            network, case["init"][0], case["adv"][0], y, delta, lam, case.eta * case.w, detached
+        )
         torch.testing.assert_close(loss, case["loss"][0], **TOLERANCE)
         loss.backward()
         grads.append(torch.cat([p.grad.flatten() for p in network.parameters()]))
@@ -142,7 +163,9 @@ def test_a_step_on_digits_is_its_parts_put_together(digits: Dataset, tmp_path: P
     assert (s - images).flatten(1).norm(dim=1).max() <= 0.2 + 1e-5
     torch.testing.assert_close(loss, mixed_loss(twin, s, path[-1], labels, delta, lam, 2.0 * 2 / 5)[0])
     for name, value in twin.named_buffers():
-        torch.testing.assert_close(dict(network.named_buffers())[name], value, msg=f"{name}: two updates, no more")
+        torch.testing.assert_close(
+            dict(network.named_buffers())[name], value, msg=f"{name}: two updates, no more"
+        )
     assert network.state_dict()["1.num_batches_tracked"] == 2
 
 
@@ -161,7 +184,10 @@ def test_a_vanishing_class_leaves_the_gradient_finite() -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("method.alpha=0.5", "attack is attack_step; the alpha of certification is certify.smoothing.failure_prob"),
+        (
+            "method.alpha=0.5",
+            "attack is attack_step; the alpha of certification is certify.smoothing.failure_prob",
+        ),
         ("method.failure_probability=0.5", "the alpha of certification"),
         ("method.attack_step=0", "method.attack_step = 0"),
         ("method.noises=0", "method.noises = 0"),
@@ -175,7 +201,9 @@ def test_bad_settings_are_explained(override: str, words: str) -> None:
         installed().find_recipe("smoothmix/digits-l2-0.5", [override])
 
 
-def test_more_noises_than_images_in_a_batch_are_refused_before_training(digits: Dataset, tmp_path: Path) -> None:
+def test_more_noises_than_images_in_a_batch_are_refused_before_training(
+    digits: Dataset, tmp_path: Path
+) -> None:
     with pytest.raises(UsageError, match="a batch of 4 images cannot be cut into 8 chunks"):
         installed().train(task(digits, tmp_path, "method.noises=8", "train.batch_size=4"))
     assert not list(tmp_path.iterdir())
@@ -185,16 +213,30 @@ def test_recipes_hold_the_released_settings() -> None:
     found = {}
     for name in installed().recipes():
         method, _, rest = name.partition("/")
-        if method == "smoothmix" and not rest.startswith(("digits", "imagenet")) and not re.search(r"-\d+ep", rest):
+        if (
+            method == "smoothmix"
+            and not rest.startswith(("digits", "imagenet"))
+            and not re.search(r"-\d+ep", rest)
+        ):
             recipe = installed().find_recipe(name)
             of = installed().settings(recipe)
             key = (recipe.dataset, recipe.model, recipe.sigma, of.mix_weight, of.mix_step)
             found[key] = (of.noises, of.attack_iterations, of.attack_step)
             epochs, rate = (90, 0.01) if recipe.dataset == "mnist" else (150, 0.1)
             train = recipe.train
-            assert (train.epochs, train.learning_rate, train.batch_size, train.optimizer) == (epochs, rate, 256, "sgd")
+            assert (train.epochs, train.learning_rate, train.batch_size, train.optimizer) == (
+                epochs,
+                rate,
+                256,
+                "sgd",
+            )
             assert train.milestones == (epochs // 3, 2 * epochs // 3)
-            assert (train.milestone_lag, train.decay, train.momentum, train.weight_decay) == (1, 0.1, 0.9, 1e-4)
+            assert (train.milestone_lag, train.decay, train.momentum, train.weight_decay) == (
+                1,
+                0.1,
+                0.9,
+                1e-4,
+            )
             assert not train.gradient_clip
     mnist = {(0.25, 1.0): 3, (0.25, 5.0): 2, (0.5, 1.0): 4, (0.5, 5.0): 4, (1.0, 1.0): 8, (1.0, 5.0): 8}
     expected = {("mnist", "lenet", *key, s): (4, T, 1.0) for key, T in mnist.items() for s in (0, 1)}
