@@ -19,6 +19,7 @@ from certbench.bounds import input_box, trace
 from certbench.contract import Reporter, SilentReporter, TeacherSettings, TrainTask
 from certbench.data.dataset import to_pixels
 from certbench.data.files import load_dataset
+from certbench.models import build_network
 from certbench.plugins import installed
 from certbench.recipe import parse_recipe
 from certbench.recorded import load_run

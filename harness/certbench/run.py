@@ -255,7 +255,12 @@ class Run:
         self.reporter.say(f"{self.recipe.name}: learns from {name} ({self.teacher.id})")
         network = self.teacher.train() if isinstance(self.teacher, Run) else self.teacher.network()
         teacher = ready(name, network, self.device)
-        known = {"teacher": name, "id": self.teacher.id, "digest": teacher.digest, "card": self.teacher.card.model_dump()}
+        known = {
+            "teacher": name,
+            "id": self.teacher.id,
+            "digest": teacher.digest,
+            "card": self.teacher.card.model_dump(),
+        }
         write_json(self.folder / "teacher.json", known)
         return teacher
 

@@ -73,7 +73,9 @@ def applicability(network: nn.Module, shape: tuple[int, ...]) -> Applicability:
         return Applicability(dict.fromkeys(BOUNDS, str(error)), structure_digest(network, None))
     sound = _first_without(found.nodes, set(SOUND_RULES), "float-sound rule")
     linear = _first_without(found.nodes, BACKWARD.keys() | PLAIN, "rule for linear bounds")
-    slack = _first_without(found.nodes, SLACK_RULES.keys() | PLAIN, "slack rule for float-sound linear bounds")
+    slack = _first_without(
+        found.nodes, SLACK_RULES.keys() | PLAIN, "slack rule for float-sound linear bounds"
+    )
     refusals = {float_sound("ibp"): sound, "ibp": ""}
     for bound in LINEAR:
         refusals |= {float_sound(bound): sound or linear or slack, bound: linear}

@@ -14,8 +14,8 @@ import numpy as np
 from tabulate import tabulate
 
 from certbench.leaderboard.board import Board
-from certbench.leaderboard.row import Row
 from certbench.leaderboard.escape import markdown as escape_markdown
+from certbench.leaderboard.row import Row
 from certbench.leaderboard.tables import MARKER
 from certbench.recipe import RADIUS_TOLERANCE
 from certbench.results.store import ResultStore
