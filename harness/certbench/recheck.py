@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from certbench.contract import CertifyTask, SilentReporter
+from certbench.contract import SilentReporter
 from certbench.errors import CertbenchError, RunError
 from certbench.plugins import Plugins, installed
 from certbench.recipe import validate
@@ -111,19 +111,9 @@ def _can_be_made(run: Run, certificates: CertificateSet) -> bool:
 
 
 def _certified(run: Run, network: nn.Module, chosen: Sequence[int]) -> Iterator[pd.DataFrame]:
-    for block in sorted({index // BLOCK for index in chosen}):
-        split = run.dataset.test.slice(block * BLOCK, (block + 1) * BLOCK).to(run.device)
-        task = CertifyTask(
-            recipe=run.recipe,
-            settings=run.plugins.settings(run.recipe),
-            network=network,
-            split=split,
-            levels=run.dataset.info.levels,
-            start=block * BLOCK,
-            radius=run.recipe.threat.radius,
-            cap=run.recipe.cap,
-            device=run.device,
-        )
+    stride = run.recipe.smoothing.stride
+    for block in sorted({index // stride // BLOCK for index in chosen}):
+        task = run.certify_task(network, block * BLOCK, (block + 1) * BLOCK)
         try:
             parts = list(run.certifier.certify(task))
         except CertbenchError:

@@ -26,6 +26,7 @@ from certbench.contract import (
     Certificates,
     Certifier,
     CertifyTask,
+    NoScratch,
     Reporter,
     SilentReporter,
     Teacher,
@@ -293,25 +294,9 @@ class Run:
 
     def certificates(self, network: nn.Module) -> list[Certificates]:
         """Certificates of the recipe's test images, in order, by the plugin's own certifier or the core's."""
-        split = self.certified_split
-        self.reporter.stage("certify", len(split), "image")
+        self.reporter.stage("certify", len(self.certified_split), "image")
         before = network_digest(network)
-        has_radius = self.recipe.threat.radius is not None
-        task = CertifyTask(
-            recipe=self.recipe,
-            settings=self.plugins.settings(self.recipe),
-            network=network,
-            split=split.to(self.device),
-            levels=self.dataset.info.levels,
-            start=0,
-            radius=self.recipe.radius if has_radius else Fraction(0),
-            cap=self.recipe.cap if has_radius else Fraction(0),
-            device=self.device,
-            stride=self.recipe.smoothing.stride,
-            run_id=self.id,
-            reporter=self.reporter,
-            scratch=ScratchFile(self._scratch_path(before)),
-        )
+        task = self.certify_task(network)
         found = self._ask_plugin("certify", lambda: self._collect(task))
         if network_digest(network) != before:
             raise RunError(
@@ -319,6 +304,28 @@ class Run:
                 "certificates are not recorded"
             )
         return found
+
+    def certify_task(self, network: nn.Module, first: int = 0, stop: int | None = None) -> CertifyTask:
+        """What the certifier is asked: images ``first`` to ``stop`` of :attr:`certified_split`, by default all."""
+        split, stride = self.certified_split, self.recipe.smoothing.stride
+        part = split if stop is None else split.slice(first, stop)
+        has_radius = self.recipe.threat.radius is not None
+        is_all = len(part) == len(split)
+        return CertifyTask(
+            recipe=self.recipe,
+            settings=self.plugins.settings(self.recipe),
+            network=network,
+            split=part.to(self.device),
+            levels=self.dataset.info.levels,
+            start=first * stride,
+            radius=self.recipe.radius if has_radius else Fraction(0),
+            cap=self.recipe.cap if has_radius else Fraction(0),
+            device=self.device,
+            stride=stride,
+            run_id=self.id,
+            reporter=self.reporter,
+            scratch=ScratchFile(self._scratch_path(network_digest(network))) if is_all else NoScratch(),
+        )
 
     def _scratch_path(self, network: str) -> Path:
         """Named by all that makes half-done certificates worth going on with."""

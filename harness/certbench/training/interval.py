@@ -62,7 +62,7 @@ class IntervalObjective:
     def __init__(self, task: TrainTask) -> None:
         self.task = task
         self.settings: WarmUpSettings = task.settings
-        radius = self.settings.train_radius or task.recipe.threat.radius
+        radius = self.settings.train_radius or task.recipe.radius
         if radius > task.recipe.cap:
             raise UsageError(
                 f"{task.recipe.name}: method.train_radius = {format_radius(radius)} lies above certify.cap = "
