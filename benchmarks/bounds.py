@@ -1,6 +1,6 @@
 """What bounds cost: training steps, verdicts, radii, linear bounds under a memory cap, and float soundness.
 
-    python benchmarks/bounds.py [PART...] [--device cuda] [--rounds N] [--images N] [--no-compiler]
+    python benchmarks/bounds.py [PART...] [--device cuda] [--rounds N] [--batch N] [--images N] [--no-compiler]
 
 Parts, all by default, each a few minutes on two cores:
 
@@ -27,9 +27,9 @@ import training_steps
 from certified_images import Settings
 
 PARTS: dict[str, Callable[[Settings], list[str]]] = {
-    "step-small": lambda s: training_steps.table("mnist", "cnn-small", 256, 0.1, 2 * s.rounds, s),
+    "step-small": lambda s: training_steps.table("mnist", "cnn-small", s.batch or 256, 0.1, 2 * s.rounds, s),
     "step-cnn7": lambda s: training_steps.table(
-        "cifar10", "cnn7", 128 if s.on_gpu else 16, 8 / 255, s.rounds, s
+        "cifar10", "cnn7", s.batch or (128 if s.on_gpu else 16), 8 / 255, s.rounds, s
     ),
     "verdicts": certified_images.verdicts,
     "radii": certified_images.radii,
@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=10, help="rounds of the interleaved variants")
+    parser.add_argument("--batch", type=int, help="images per training step, in place of each network's own")
     parser.add_argument("--images", type=int, default=10_000, help="images of verdicts and radii")
     parser.add_argument("--no-compiler", action="store_true", help="leave torch.compile out")
     arguments = parser.parse_args()
@@ -52,7 +53,9 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown part {sorted(unknown)[0]!r}; there are {', '.join(PARTS)}")
     with_compiler = not arguments.no_compiler and shutil.which("g++") is not None
-    settings = Settings(torch.device(arguments.device), arguments.rounds, arguments.images, with_compiler)
+    settings = Settings(
+        torch.device(arguments.device), arguments.rounds, arguments.batch, arguments.images, with_compiler
+    )
     place = torch.cuda.get_device_name() if settings.on_gpu else f"{torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {place}\n", flush=True)
     for part in arguments.parts or PARTS:

@@ -40,6 +40,7 @@ class Settings:
 
     device: torch.device
     rounds: int
+    batch: int | None
     images: int
     with_compiler: bool
 
