@@ -135,6 +135,7 @@ class StreamedBatches:
             num_workers=self._workers,
             prefetch_factor=PREFETCH if self._workers else None,
             collate_fn=_collate,
+            generator=torch.Generator(),  # else the loader would draw from the global one
             pin_memory=self._device.type == "cuda",
         )
         for batch in loader:
