@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,9 +78,12 @@ def _by_acr(rows: Sequence[Row], places: Places) -> dict[int, tuple[Standing, Fi
 
 
 def _nested(
-    rows: Sequence[Row], places: Places, values: Sequence[NDArray[np.float64] | NDArray[np.bool_]]
+    rows: Sequence[Row],
+    places: Places,
+    values: Sequence[NDArray[np.float64]] | Sequence[NDArray[np.bool_]],
 ) -> list[bootstrap.Nested]:
-    sampled = bootstrap.resample_images(np.concatenate(values))
+    together: Any = np.concatenate(values)  # of the one or the other type
+    sampled = bootstrap.resample_images(together)
     ends = np.cumsum([len(runs) for runs in values])
     return [
         bootstrap.nest(sampled, list(range(end - len(runs), end)), key=" ".join(rows[place].run_ids))

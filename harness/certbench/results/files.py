@@ -92,13 +92,14 @@ def decode(content: bytes, spec: TableSpec, where: str) -> pa.Table:
         name, version = footer.get(b"certbench.table"), footer.get(b"certbench.version")
         if name != spec.name.encode():
             raise DataError(f"{where}: holds the table {_shown(name)}, not {spec.name!r}")
-        if version not in (str(known).encode() for known in range(1, spec.version + 1)):
+        known = {str(number).encode(): number for number in range(1, spec.version + 1)}
+        if version not in known:
             raise DataError(
                 f"{where}: is version {_shown(version)} of the table {spec.name!r}; "
                 f"this certbench reads version {spec.version}"
             )
         # An explicit empty schema metadata: what a reader sees is columns, not bookkeeping.
-        return migrated(file.read(use_threads=False).replace_schema_metadata(None), spec, int(version))
+        return migrated(file.read(use_threads=False).replace_schema_metadata(None), spec, known[version])
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{where}: is not readable Parquet: {str(error).splitlines()[0]}") from None
 

@@ -140,7 +140,7 @@ def _degrees(rows: list[Nested], variance: Floats) -> Floats:
     parts = np.array([row.seed_variance**2 / row.degrees if row.degrees else 0.0 for row in rows])
     pairs = parts[:, None] + parts[None, :]
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(pairs > 0, np.maximum(variance**2 / pairs, 1.0), np.inf)
+        return np.asarray(np.where(pairs > 0, np.maximum(variance**2 / pairs, 1.0), np.inf))
 
 
 def _tails(difference: Floats, variance: Floats, degrees: Floats) -> Floats:
@@ -148,4 +148,4 @@ def _tails(difference: Floats, variance: Floats, degrees: Floats) -> Floats:
         size = np.where(difference == 0, 0.0, difference / np.sqrt(variance))
     student = special.stdtr(np.where(np.isinf(degrees), 1.0, degrees), -size)
     tail = np.where(np.isinf(degrees), special.ndtr(-size), student)
-    return np.minimum(2 * tail, 1.0)
+    return np.asarray(np.minimum(2 * tail, 1.0))

@@ -207,7 +207,7 @@ def _vega(kind: str, titles: tuple[str, str]) -> str:
     room = 0 if kind in ("line", "steps") else 18  # pixels between points and edge
     x_scale = alt.Scale(type="log" if kind == "cost" else "linear", zero=False, nice=False, padding=room)
     y_scale = alt.Scale(zero=False, nice=not room, padding=room)
-    axis = {"labelOverlap": False, "tickCount": 5}
+    axis: dict[str, Any] = {"labelOverlap": False, "tickCount": 5}
     x = alt.X("x:Q", title=x_title, scale=x_scale, axis=alt.Axis(**axis, format=_format(kind)))
     y = alt.Y("y:Q", title=y_title, scale=y_scale, axis=alt.Axis(**axis, minExtent=30, maxExtent=30))
     base = alt.Chart(rows).encode(x=x, y=y)

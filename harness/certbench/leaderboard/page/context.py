@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from certbench.leaderboard import columns as c
@@ -47,7 +47,7 @@ def _duration(seconds: float | None) -> str:
     return c.number(seconds, 1) if seconds is None or seconds < 100 else f"{seconds:,.0f}"
 
 
-SHORTER = {
+SHORTER: dict[str, Callable[[Row], str]] = {
     "audit": _audit_short,
     "train s": lambda row: _duration(row.train_seconds),
     "certify s": lambda row: _duration(row.certify_seconds),
