@@ -16,6 +16,7 @@ and one that relaxes its operation says whose bounds it reads (``needs``), see `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -121,7 +122,12 @@ def convolution(
     rest = [x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1 for i in range(n)]
     missed = [rest[i] % stride[i] for i in range(n)]  # entries at the end that no window reaches
     transposed = torch.conv_transpose1d if n == 1 else torch.conv_transpose2d
-    pulled = transposed(a.flatten(0, 1), weight, None, stride, padding, missed, groups, dilation)
+    # PyTorch unfolds its whole input for float64 on the CPU: in parts, what is unfolded is no larger than the coefficients
+    rows = a.flatten(0, 1)
+    parts = torch.split(rows, -(-len(rows) // math.prod(weight.shape[2:])))
+    pulled = torch.cat(
+        [transposed(part, weight, None, stride, padding, missed, groups, dilation) for part in parts]
+    )
     return Terms([(x, pulled.view(*a.shape[:2], *pulled.shape[1:]))], _channel_constant(a, bias))
 
 

@@ -54,9 +54,8 @@ def _hinge(a: Tensor, x: Activation, below: float, slopes: Tensor | None) -> Ter
     height = -share * lower * (1 - below)  # of the chord above 0
     if below:
         chord, chosen = below + (1 - below) * chord, below + (1 - below) * chosen
-    negative = a.clamp_max(0)
-    constant = (negative.flatten(2) @ height.flatten(1).unsqueeze(2)).squeeze(2)
-    return Terms([(x, a.clamp_min(0) * chosen + negative * chord)], constant)
+    constant = (a.clamp_max(0).flatten(2) @ height.flatten(1).unsqueeze(2)).squeeze(2)
+    return Terms([(x, a * torch.where(a < 0, chord, chosen))], constant)
 
 
 # Smooth and saturating activations: parallel lines --------------------------------------------------------------------
