@@ -86,8 +86,10 @@ def _models() -> Rows:
 
 def _certifiers() -> Rows:
     from certbench.bounds.certifiers import CERTIFIERS
+    from certbench.smoothing import SMOOTHERS
 
-    return [{"name": c.name, "summary": c.summary} for c in CERTIFIERS.values()]
+    known = [*CERTIFIERS.values(), *SMOOTHERS.values()]
+    return [{"name": certifier.name, "summary": certifier.summary} for certifier in known]
 
 
 def _attacks() -> Rows:
