@@ -88,8 +88,8 @@ def _certifiers() -> Rows:
     from certbench.bounds.certifiers import CERTIFIERS
     from certbench.smoothing import SMOOTHERS
 
-    known = [*CERTIFIERS.values(), *SMOOTHERS.values()]
-    return [{"name": certifier.name, "summary": certifier.summary} for certifier in known]
+    known = {c.name: c.summary for c in CERTIFIERS.values()} | {s.name: s.summary for s in SMOOTHERS.values()}
+    return [{"name": name, "summary": summary} for name, summary in known.items()]
 
 
 def _attacks() -> Rows:

@@ -100,11 +100,15 @@ class Standing:
                     return None
                 found = cls(**{field.name: arrays[field.name] for field in fields(cls)})
         except (OSError, ValueError, KeyError, EOFError) as error:
-            raise RunError(f"half-done certificates cannot be read ({type(error).__name__})") from None
+            raise RunError(
+                f"half-done certificates cannot be read ({type(error).__name__}); remove the run's .partial file to start again"
+            ) from None
         for field in fields(cls):
             one, two = getattr(found, field.name), getattr(like, field.name)
             if one.shape != two.shape or one.dtype != two.dtype:
-                raise RunError("half-done certificates are about other images")
+                raise RunError(
+                    "half-done certificates are about other images; remove the run's .partial file to start again"
+                )
         return found
 
 
