@@ -93,8 +93,10 @@ def _models() -> Rows:
 
 def _certifiers() -> Rows:
     from certbench.bounds.certifiers import CERTIFIERS
+    from certbench.smoothing import SMOOTHERS
 
-    return [{"name": c.name, "summary": c.summary} for c in CERTIFIERS.values()]
+    known = {c.name: c.summary for c in CERTIFIERS.values()} | {s.name: s.summary for s in SMOOTHERS.values()}
+    return [{"name": name, "summary": summary} for name, summary in known.items()]
 
 
 def _attacks() -> Rows:

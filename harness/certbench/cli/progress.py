@@ -96,4 +96,7 @@ def reporter(title: str) -> TerminalReporter | PlainReporter:
 
 
 def show(figures: Mapping[str, float]) -> str:
-    return " ".join(f"{name} {value:.4g}" for name, value in figures.items())
+    return " ".join(
+        f"{name} {value:,.0f}" if abs(value) >= 1000 else f"{name} {value:.4g}"
+        for name, value in figures.items()
+    )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import zlib
 from dataclasses import dataclass, fields
 from typing import Protocol
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +26,8 @@ REASONS = ("", "fixed", "decided", "tolerance", "budget")
 """Why draws ended: not yet; all were taken; every radius is decided; the radius is within tolerance; the draws that are
 allowed cannot decide more."""
 OPEN, FIXED, DECIDED, TOLERANCE, BUDGET = range(len(REASONS))
+
+_HINT = "remove the run's .partial file to start again"
 
 
 @dataclass
@@ -99,12 +103,14 @@ class Standing:
                 if str(arrays["key"]) != key:
                     return None
                 found = cls(**{field.name: arrays[field.name] for field in fields(cls)})
-        except (OSError, ValueError, KeyError, EOFError) as error:
-            raise RunError(f"half-done certificates cannot be read ({type(error).__name__})") from None
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error) as error:
+            raise RunError(
+                f"half-done certificates cannot be read ({type(error).__name__}); {_HINT}"
+            ) from None
         for field in fields(cls):
             one, two = getattr(found, field.name), getattr(like, field.name)
             if one.shape != two.shape or one.dtype != two.dtype:
-                raise RunError("half-done certificates are about other images")
+                raise RunError(f"half-done certificates are about other images; {_HINT}")
         return found
 
 
