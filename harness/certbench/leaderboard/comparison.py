@@ -90,8 +90,8 @@ def speaks_of(figure: PublishedFigure, row: Row, size: str) -> bool:
     """Whether a published figure is about a row's setting. A row with overrides is nobody's reproduction."""
     run = row.run
     return (
-        (figure.dataset, figure.norm, figure.size) == (run["dataset"], run["norm"], size)
-        and (figure.method, figure.model) == (row.method, row.model)
+        (figure.method, figure.model, figure.dataset) == (row.method, row.model, run["dataset"])
+        and (figure.norm, figure.size) == (run["norm"], size)
         and figure.recipe in (None, row.recipe)
         and (figure.epochs is None or (figure.epochs,) == row.epochs)
         and " +" not in row.recipe

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from certbench.errors import DataError
-from certbench.results.rules import UNDECIDED, VERDICTS
+from certbench.results.rules import UNDECIDED, VERDICTS, distinct
 from certbench.stats.binomial import quantile
 
 PA_BINS = 20
@@ -161,7 +161,7 @@ def _sampling(shard: pa.Table) -> Sampling | None:
 
 
 def _one(shard: pa.Table, name: str) -> float | None:
-    values = pc.unique(shard.column(name).drop_null()).to_pylist()
+    values = distinct(shard.column(name).drop_null())
     if len(values) > 1:
         run_id = shard.column("run_id")[0].as_py()
         raise DataError(f"run {run_id}: its certificates mix {name} {' and '.join(map(str, sorted(values)))}")
@@ -228,7 +228,7 @@ def count_audits(certificates: pa.Table, audits: pa.Table) -> AuditCounts | None
     tried = int((claimed & images(pc.equal(kind, "certified_radius"))).sum())
     return AuditCounts(
         attacks=_attacks(audits),
-        limits=tuple(sorted(pc.unique(audits.column("attack_limit").drop_null()).to_pylist())),
+        limits=tuple(sorted(distinct(audits.column("attack_limit").drop_null()))),
         claimed=int(claimed.sum()),
         tried=tried,
         refuted=int(refuted.sum()),

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from certbench.errors import DataError
 from certbench.recipe import CORE_NUMERICS, identify
-from certbench.results.rules import parse_fraction, problems_of
+from certbench.results.rules import distinct, parse_fraction, problems_of
 from certbench.results.smoothed import smoothed_problems
 from certbench.threat import round_down, round_up
 
@@ -100,7 +100,7 @@ def audit_problems(audits: pa.Table, certificates: pa.Table, run: Mapping[str, A
 
 def _uniform(shard: pa.Table) -> Iterator[str]:
     for name in ("guarantee", "deploy"):
-        values = pc.unique(shard.column(name)).to_pylist()
+        values = distinct(shard.column(name))
         if len(values) > 1:
             yield f"mixes {name} {' and '.join(map(repr, sorted(values)))}"
 

@@ -77,10 +77,11 @@ def problems_of(table: pa.Table, name: str) -> Iterator[str]:
 def _has_duplicates(table: pa.Table, key: Sequence[str]) -> bool:
     """Whether two rows share a key. Rows sorted by a number that never repeats, as files hold them, cost next to nothing;
     of others every column of the key is counted off and the counts combined into one number per row."""
+    if table.num_rows < 2:
+        return False
+    if "index" in key and bool(np.all(np.diff(table.column("index").to_numpy()) > 0)):
+        return False
     code = np.zeros(table.num_rows, dtype=np.int64)
-    for name in key:
-        if name == "index" and bool(np.all(np.diff(table.column(name).to_numpy()) > 0)):
-            return False
     for name in key:
         values = pc.dictionary_encode(table.column(name)).combine_chunks()
         code = code * len(values.dictionary) + values.indices.to_numpy()
@@ -232,11 +233,20 @@ def _names(table: pa.Table) -> Iterator[str]:
 
 def _identifiers(table: pa.Table, names: tuple[str, ...], digests: tuple[str, ...]) -> Iterator[str]:
     for name, pattern in (("run_id", RUN_ID), *((digest, DIGEST) for digest in digests)):
-        for value in pc.unique(table.column(name)).to_pylist():
+        for value in distinct(table.column(name)):
             if not pattern.fullmatch(value):
                 yield f"{name} {value[:40]!r} is not a hexadecimal digest"
     for name in names:
-        yield from _first(table, pc.equal(table.column(name), ""), f"{name} is empty")
+        if "" in distinct(table.column(name)):
+            yield from _first(table, pc.equal(table.column(name), ""), f"{name} is empty")
+
+
+def distinct(column: pa.ChunkedArray) -> list[Any]:
+    """The different values of a column; quickly where, as in most files, there is only one."""
+    if len(column) and pc.all(pc.equal(column, column[0])).as_py():
+        return [column[0].as_py()]
+    values: list[Any] = pc.unique(column).to_pylist()
+    return values
 
 
 def _not_positive(values: Any) -> Any:

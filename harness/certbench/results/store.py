@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from certbench.errors import DataError, RunError, nearest
 from certbench.results.checks import CrossCheck
 from certbench.results.files import decode, encode, write_atomically
-from certbench.results.rules import FAILURES, UNDECIDED, check_table
+from certbench.results.rules import FAILURES, UNDECIDED, check_table, distinct
 from certbench.results.schema import AUDITS, CERTIFICATES, RUNS, SUBMISSIONS, TIMINGS, TableSpec, table_spec
 
 Merge = Callable[[pa.Table, pa.Table, str], pa.Table]
@@ -314,7 +314,7 @@ class ResultStore:
         Raises:
             DataError: they belong in several.
         """
-        values = [pc.unique(table.column(name)).to_pylist() for name in spec.shard]
+        values = [distinct(table.column(name)) for name in spec.shard]
         if any(len(found) != 1 for found in values):
             raise DataError(
                 f"{self.folder / spec.name}: rows of several {' / '.join(spec.shard)} in one file"
