@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torchvision.datasets
@@ -472,6 +473,19 @@ def test_files_of_another_data_set_are_refused(
     put(tmp_path / "mnist", mnist | {"train-labels-idx1-ubyte": mnist["t10k-labels-idx1-ubyte"]})
     with pytest.raises(DataError, match="train-labels-idx1-ubyte is damaged"):
         load_dataset("mnist", tmp_path)
+
+
+CIFAR_FILES = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch", "batches.meta"]
+
+
+@pytest.mark.parametrize("name", CIFAR_FILES)
+def test_a_flipped_byte_in_any_file_of_cifar10_is_named(
+    cifar10: dict[str, bytes], tmp_path: Path, name: str
+) -> None:
+    content = cifar10[name]
+    put(tmp_path / "cifar-10-batches-py", cifar10 | {name: flip_bit(content, len(content) // 2)})
+    (problem,) = verify("cifar10", tmp_path)
+    assert f"cifar-10-batches-py/{name} is damaged: SHA-256" in problem
 
 
 # Caches
@@ -1038,6 +1052,18 @@ def test_progress_is_shown_only_when_it_takes_long(
         for done in range(50_000_000, 60_000_000, 1_000_000):
             progress.advance(done)
     assert capsys.readouterr().err == "fetching x: 50.0 MB (50%)\n"
+
+
+# Committed rows
+
+
+def test_the_pinned_data_sets_are_those_of_the_committed_rows() -> None:
+    folder = Path(__file__).parent.parent / "leaderboards/results/runs"
+    rows = [row for path in sorted(folder.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+    assert rows
+    for row in rows:
+        if not row["dataset"].endswith("-validation"):
+            assert row["dataset_digest"] == DATASETS[row["dataset"]].digest, row["run_id"]
 
 
 # The real files
