@@ -27,7 +27,10 @@ SHORT = ["train.epochs=4", "train.milestones=[3]", "train.batch_size=128"]
 PER_METHOD = {
     "fast-ibp": ["method.ramp_epochs=2"],
     "abstraction": ["train.schedule=milestones"],
-    "abstraction-ibp": ["method.ramp_epochs=2", "train.schedule=milestones"],
+    "abstraction-ibp": [
+        *("method.ramp_start=3", "method.ramp_epochs=2"),
+        *("train.batch_size=32", "train.schedule=milestones"),
+    ],
 }
 """What a four-epoch run of a method needs besides ``SHORT``; a new method adds its line here."""
 

@@ -129,6 +129,8 @@ def _activations(value: Any) -> list[Activation]:
 
 
 Refine = Callable[["Tape", Activation, Box, Callable[[Box], Tensor]], Box]
+Tighten = Callable[[Box], Refine]
+"""For a box of inputs: what is known besides interval bounds of the boxes that enter relaxed operations."""
 
 
 def record(
@@ -197,6 +199,7 @@ def crown_ibp_margins(
     labels: Tensor,
     statistics: Statistics | None = None,
     memory: int = MEMORY_CAP,
+    tighten: Tighten | None = None,
 ) -> Tensor:
     """Lower bounds of ``z_y - z_j`` for the wrong classes j in ascending order, shape (batch, classes - 1).
 
@@ -207,13 +210,17 @@ def crown_ibp_margins(
         labels: (batch,).
         statistics: what training-mode batch norms use: those of the clean pass of the same step.
         memory: bytes of coefficients alive at once. What autograd keeps for a backward pass comes on top.
+        tighten: boxes from elsewhere, which must be sound.
 
     Raises:
         UsageError: an operation has no interval or no backward rule.
     """
     plan = Plan(graph, box, statistics, memory)
     return torch.cat([
-        _margins(record(graph, part, statistics), graph.result, part_labels, plan.rows(len(part_labels)))
+        _margins(
+            record(graph, part, statistics, tighten(part) if tighten else None),
+            graph.result, part_labels, plan.rows(len(part_labels)),
+        )
         for part, part_labels in plan.parts(box, labels)
     ])  # fmt: skip
 
@@ -224,11 +231,15 @@ def crown_margins(
     labels: Tensor,
     statistics: Statistics | None = None,
     memory: int = MEMORY_CAP,
+    tighten: Tighten | None = None,
 ) -> Tensor:
     """As :func:`crown_ibp_margins`, with the open neurons of every layer bounded by a backward pass of their own."""
     plan = Plan(graph, box, statistics, memory)
     return torch.cat([
-        _margins(refined(graph, part, statistics, plan), graph.result, part_labels, plan.rows(len(part_labels)))
+        _margins(
+            refined(graph, part, statistics, plan, tighten),
+            graph.result, part_labels, plan.rows(len(part_labels)),
+        )
         for part, part_labels in plan.parts(box, labels)
     ])  # fmt: skip
 
@@ -277,10 +288,15 @@ def margin_rows(tape: Tape, labels: Tensor) -> Tensor:
     return difference_rows(labels, tape.logits[1], tape.box.lower.dtype)
 
 
-def refined(graph: Graph, box: Box, statistics: Statistics | None, plan: Plan) -> Tape:
+def refined(
+    graph: Graph, box: Box, statistics: Statistics | None, plan: Plan, tighten: Tighten | None = None
+) -> Tape:
     """The tape with the boxes of open neurons tightened by backward passes."""
+    first = tighten(box) if tighten else None
 
     def refine(tape: Tape, activation: Activation, known: Box, needs: Callable[[Box], Tensor]) -> Box:
+        if first is not None:
+            known = first(tape, activation, known, needs)
         if tape.interval_is_exact(activation.name):
             return known
         open_ = needs(known).flatten(1)
