@@ -45,7 +45,10 @@ PER_METHOD = {
     "sabr": ATTACK,
     "mtl-ibp": ATTACK,
     "abstraction": ["train.schedule=milestones"],
-    "abstraction-ibp": [*RAMP, "train.schedule=milestones"],
+    "abstraction-ibp": [
+        *("method.ramp_start=3", "method.ramp_epochs=2"),
+        *("train.batch_size=32", "train.schedule=milestones"),
+    ],
     "smoothmix": CLIMB,
     "crt": DRAWS,
     "gaussian": DRAWS,

@@ -211,3 +211,20 @@ def test_optimizers_take_momentum_and_decay_from_the_recipe() -> None:
     assert sgd.defaults.items() >= asked.items()
     adam = build_optimizer(network, Train(epochs=1, weight_decay=2e-4))
     assert isinstance(adam, torch.optim.Adam) and adam.defaults["weight_decay"] == 2e-4
+
+
+class OwnRate(CrossEntropy):
+    """Sets the rate itself, whatever the recipe says."""
+
+    def learning_rate(self, step: Step) -> float:
+        return 0.0 if step.epoch == 1 else 1e-3
+
+
+def test_an_objective_may_set_the_learning_rate_itself(digits: Dataset, tmp_path: Path) -> None:
+    first = weights(build_network("cnn-small", digits.info, 0))
+    frozen = weights(fit(task(digits, tmp_path / "a", epochs=1), OwnRate()))
+    parameters = [name for name, _ in build_network("cnn-small", digits.info, 0).named_parameters()]
+    names = list(build_network("cnn-small", digits.info, 0).state_dict())
+    assert all(torch.equal(a, b) for n, a, b in zip(names, first, frozen, strict=True) if n in parameters)
+    moved = weights(fit(task(digits, tmp_path / "b", epochs=2), OwnRate()))
+    assert not same(frozen, moved)

@@ -91,7 +91,7 @@ class Hunt:
             point = images.detach().requires_grad_(gradient)
             logits = self.logits(point, self.guide)
             values = loss(logits, self.labels[which])
-            slope = torch.autograd.grad(values.sum(), point)[0] if gradient else torch.zeros_like(images)
+            slope = _slope(values, point) if gradient else torch.zeros_like(images)
         if self.guide is not self.network:
             with torch.no_grad():
                 logits = self.logits(images)
@@ -107,6 +107,20 @@ class Hunt:
         new = level > self.found[which]
         self.found[which[new]] = level[new].to(self.found.dtype)
         self.witness[which[new]] = images[new]
+
+
+def _slope(values: Tensor, point: Tensor) -> Tensor:
+    """
+    Raises:
+        RunError: no gradient reaches the pixels, so that any attack would report false robustness.
+    """
+    found = torch.autograd.grad(values.sum(), point, allow_unused=True)[0] if values.requires_grad else None
+    if found is None:
+        raise RunError(
+            "no gradient reaches the pixels of this network, so attacks on it are blind; give the module that hides it "
+            "a method gradient_surrogate()"
+        )
+    return found
 
 
 def gradient_guide(network: nn.Module) -> nn.Module:

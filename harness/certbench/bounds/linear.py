@@ -32,6 +32,8 @@ from certbench.bounds.tape import Refine, Tape, record
 
 MEMORY_CAP = 2**30
 """Bytes of linear coefficients alive at once, in each worker."""
+Tighten = Callable[[Box], Refine]
+"""For a box of inputs: what is known besides interval bounds of the boxes that enter relaxed operations."""
 ALIVE = 6
 """Tensors of the largest layer's size that one step of a backward pass holds, residual branches included."""
 
@@ -43,6 +45,7 @@ def crown_ibp_margins(
     statistics: Statistics | None = None,
     memory: int = MEMORY_CAP,
     precision: Precision | None = None,
+    tighten: Tighten | None = None,
 ) -> Tensor:
     """Lower bounds of ``z_y - z_j`` for the wrong classes j in ascending order, shape (batch, classes - 1).
 
@@ -55,11 +58,12 @@ def crown_ibp_margins(
         memory: bytes of coefficients alive at once. What autograd keeps for a backward pass comes on top.
         precision: bound what any deployment at this precision computes, rather than real arithmetic; the box is then a
             :class:`~certbench.bounds.sound.SoundBox`, and the bounds are NaN where a number may overflow.
+        tighten: boxes from elsewhere, which must hold at the same precision.
 
     Raises:
         UsageError: an operation has no interval or no backward rule.
     """
-    plan = Plan(graph, box, statistics, memory, precision)
+    plan = Plan(graph, box, statistics, memory, precision, tighten)
     return torch.cat([plan.margins(plan.record(part), wanted) for part, wanted in plan.parts(box, labels)])
 
 
@@ -70,9 +74,10 @@ def crown_margins(
     statistics: Statistics | None = None,
     memory: int = MEMORY_CAP,
     precision: Precision | None = None,
+    tighten: Tighten | None = None,
 ) -> Tensor:
     """As :func:`crown_ibp_margins`, with the open neurons of every layer bounded by a backward pass of their own."""
-    plan = Plan(graph, box, statistics, memory, precision)
+    plan = Plan(graph, box, statistics, memory, precision, tighten)
     return torch.cat([plan.margins(plan.refined(part), wanted) for part, wanted in plan.parts(box, labels)])
 
 
@@ -90,9 +95,11 @@ class Plan:
         statistics: Statistics | None,
         memory: int,
         precision: Precision | None = None,
+        tighten: Tighten | None = None,
         kept: bool = False,
     ) -> None:
         self.graph, self.statistics, self.memory, self.precision = graph, statistics, memory, precision
+        self.tighten = tighten
         with torch.no_grad():
             tape = record(graph, _images(box, 0, 1), statistics)
         self.longest = max(*tape.neurons(), tape.logits[1])
@@ -111,14 +118,26 @@ class Plan:
     def rows(self, images: int) -> int:
         return int(max(1, self.memory // (self.per_row * images)))
 
-    def record(self, box: Box, refine: Refine | None = None) -> Tape:
+    def record(self, box: Box) -> Tape:
         """The tape of a part of the batch."""
-        run = Deployment(self.precision, box.lower, self.longest) if self.precision is not None else None
-        return record(self.graph, box, self.statistics, refine, run)
+        return self._tape(box, self.tighten(box) if self.tighten is not None else None)
 
     def refined(self, box: Box) -> Tape:
         """The tape with the boxes of open neurons tightened by backward passes."""
-        return self.record(box, self._refine)
+        first = self.tighten(box) if self.tighten is not None else None
+
+        def refine(
+            tape: Tape, activation: Activation, known: Box, needs: Callable[[Box], Tensor]
+        ) -> Box:
+            if first is not None:
+                known = first(tape, activation, known, needs)
+            return self._refine(tape, activation, known, needs)
+
+        return self._tape(box, refine)
+
+    def _tape(self, box: Box, refine: Refine | None) -> Tape:
+        run = Deployment(self.precision, box.lower, self.longest) if self.precision is not None else None
+        return record(self.graph, box, self.statistics, refine, run)
 
     def margins(self, tape: Tape, labels: Tensor) -> Tensor:
         """By the adaptive lower lines, shape (batch, classes - 1)."""

@@ -9,6 +9,7 @@ both halves are padded alike.
 from __future__ import annotations
 
 import copy
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,10 @@ from certbench.bounds.graph import Graph, Statistics
 from certbench_abstraction.cells import Cells
 from certbench_abstraction.layer import Abstraction
 from certbench_abstraction.network import Stem, split
+from certbench_abstraction.zonotope import tighten
 
-LINEAR = {"crown-ibp": crown_ibp_margins, "crown": crown_margins}
+PART = 4
+"""Images whose zonotopes are alive at once."""
 
 
 def coupled_box(cells: Cells, abstraction: Abstraction) -> Box:
@@ -60,6 +63,7 @@ class CellBounds:
         double = copy.deepcopy(network).double().requires_grad_(False)
         first, f = double[0], double[1]
         assert isinstance(first, Abstraction)  # what build_classifier puts there
+        assert isinstance(f, nn.Sequential)
         self.abstraction, self.network, self.precision = first, f, precision
         self.stem, self.body = split(f)
         channels, height, width = shape
@@ -80,13 +84,32 @@ class CellBounds:
         return torch.where(margins.isnan() | unsafe[:, None], -torch.inf, margins).amin(1)
 
     def linear(self, cells: Cells, labels: Tensor, kind: str) -> Tensor:
-        """The smallest margin by linear bounds over the coupled box, in real arithmetic, (batch,)."""
+        """The smallest margin by linear bounds over the coupled box, in real arithmetic, (batch,).
+
+        ``crown-ibp`` and ``crown`` are the core's; ``zonotope`` and ``zonotope-crown`` are the same with zonotopes in
+        place of interval bounds.
+
+        Raises:
+            UsageError: the network has an operation without a rule.
+        """
         if self._linear is None:
-            coupled = copy.deepcopy(self.network)
-            stem, _ = split(coupled)
-            stem.layer.weight = nn.Parameter(stem.coupled_weight(), requires_grad=False)
-            self._linear = trace(coupled, self.shape)
-        return LINEAR[kind](self._linear, coupled_box(cells, self.abstraction), labels).amin(1)
+            self._linear = trace(self._coupled(), self.shape)
+        margins = crown_margins if kind.endswith("crown") else crown_ibp_margins
+        if not kind.startswith("zonotope"):
+            return margins(self._linear, coupled_box(cells, self.abstraction), labels).amin(1)
+        boxes = tighten(cast(nn.Sequential, self._linear.network))
+        found = [
+            margins(self._linear, coupled_box(cells[which], self.abstraction), labels[which], tighten=boxes).amin(1)
+            for which in torch.arange(len(labels), device=labels.device).split(PART)
+        ]
+        return torch.cat(found)
+
+    def _coupled(self) -> nn.Sequential:
+        """f as a network of ``[U - L, L]``."""
+        coupled = copy.deepcopy(self.network)
+        stem, _ = split(coupled)
+        stem.layer.weight = nn.Parameter(stem.coupled_weight(), requires_grad=False)
+        return coupled
 
     def points(self, k: Tensor, labels: Tensor) -> Tensor:
         """The smallest margin at single abstract inputs k (batch, C, H, W), (batch,); a lower bound if float-sound."""

@@ -4,7 +4,7 @@
     single-cell             no pixel can leave its interval: the image itself is all there is      certified
     cell-ibp                coupled interval bounds over the reachable cells                       certified
     cell-attack             a reachable abstract input that is misclassified, shown on pixels      falsified
-    crown-ibp or crown      linear bounds over the same cells (real arithmetic only)               certified
+    crown-ibp, zonotope ... linear bounds over the same cells (real arithmetic only)               certified
     enumeration             every reachable abstract input, where they are few                     certified or falsified
     branching               halving the cells of one pixel after another, within limits            certified or falsified
 
@@ -97,7 +97,7 @@ class CellLadder:
         self.network, self.abstraction = deployed, deployed[0]
         self.bounds = CellBounds(deployed, shape, precision)
         self.double = copy.deepcopy(deployed).double()
-        self.linear = "none" if self.sound else self.settings.linear
+        self.linear = () if self.sound else self.settings.linear
 
     def evaluate(self, images: Tensor) -> Tensor:
         """Logits, float64, that predictions are made from and witnesses confirmed by, for float32 images."""
@@ -181,10 +181,12 @@ class Chunk:
         self.falsify(which[found], k[found], "cell-attack")
 
     def linear(self, which: Tensor) -> None:
-        if self.ladder.linear != "none":
+        for kind in self.ladder.linear:
             self.passes[which] += 1
-            margins = self.ladder.bounds.linear(self.cells[which], self.labels[which], self.ladder.linear)
-            self.prove(which, margins, self.ladder.linear)
+            self.prove(which, self.ladder.bounds.linear(self.cells[which], self.labels[which], kind), kind)
+            which = self.open()
+            if not len(which):
+                return
 
     def enumeration(self, which: Tensor) -> None:
         which = which[self.cells[which].count <= self.ladder.settings.cap]

@@ -46,8 +46,9 @@ class Ladder(Strict):
 
     attack_steps: int = Field(default=20, ge=0)
     attack_restarts: int = Field(default=2, ge=1)
-    linear: Literal["none", "crown-ibp", "crown"] = "crown-ibp"
-    """Linear bounds; they have no float-sound form, so a float-sound run leaves them out."""
+    linear: tuple[Literal["crown-ibp", "zonotope", "crown", "zonotope-crown"], ...] = ("crown-ibp",)
+    """Linear bounds, one after the other; they have no float-sound form, so a float-sound run leaves them out.
+    ``zonotope`` needs a network of convolutions, linear layers and ReLUs."""
     cap: int = Field(default=65536, ge=0)
     """Most abstract inputs of an image that are enumerated; 0 enumerates nothing."""
     search_cap: int = Field(default=64, ge=0)

@@ -80,8 +80,13 @@ def test_bounds_and_enumeration_are_those_of_the_oracle(
         known = ~exact.isnan()
         interval = bounds.interval(cells, labels)
         assert (interval[known] <= exact[known] + 1e-9).all()
-        for kind in ("crown-ibp", "crown"):
-            assert (bounds.linear(cells, labels, kind)[known] <= exact[known] + 1e-9).all()
+        linear = {
+            kind: bounds.linear(cells, labels, kind)
+            for kind in ("crown-ibp", "crown", "zonotope", "zonotope-crown")
+        }
+        for kind, margins in linear.items():
+            assert (margins[known] <= exact[known] + 1e-9).all(), kind
+        assert (linear["zonotope"] >= linear["crown-ibp"] - 1e-9).double().mean() > 0.9
         which = (known & (cells.count <= 20_000)).nonzero().squeeze(1)
         result = enumerate_cells(bounds, cells[which], labels[which])
         proved, robust = result.margin > 0, arrays["exact_robust"][i][which] > 0

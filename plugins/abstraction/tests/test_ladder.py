@@ -22,12 +22,14 @@ from certbench_abstraction.layer import Abstraction
 from certbench_abstraction.settings import Ladder
 
 N, LEVELS, SHAPE, CLASSES = 4, 16, (1, 2, 3), 3
-NOTHING = {"attack_steps": 0, "linear": "none", "cap": 0, "search_cap": 0, "branch_passes": 0}
+NOTHING = {"attack_steps": 0, "linear": (), "cap": 0, "search_cap": 0, "branch_passes": 0}
 STEPS = {
     "cell-ibp": {},
     "cell-attack": {"attack_steps": 10, "attack_restarts": 4},
-    "crown-ibp": {"linear": "crown-ibp"},
-    "crown": {"linear": "crown"},
+    "crown-ibp": {"linear": ("crown-ibp",)},
+    "zonotope": {"linear": ("zonotope",)},
+    "crown": {"linear": ("crown",)},
+    "zonotope-crown": {"linear": ("zonotope-crown",)},
     "enumeration": {"cap": 4**6, "search_cap": 4**6},
     "branching": {"branch_passes": 10_000},
 }
