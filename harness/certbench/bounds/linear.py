@@ -126,9 +126,7 @@ class Plan:
         """The tape with the boxes of open neurons tightened by backward passes."""
         first = self.tighten(box) if self.tighten is not None else None
 
-        def refine(
-            tape: Tape, activation: Activation, known: Box, needs: Callable[[Box], Tensor]
-        ) -> Box:
+        def refine(tape: Tape, activation: Activation, known: Box, needs: Callable[[Box], Tensor]) -> Box:
             if first is not None:
                 known = first(tape, activation, known, needs)
             return self._refine(tape, activation, known, needs)

@@ -219,7 +219,10 @@ def test_float_sound_bounds_hold_for_float32_evaluations(model: str) -> None:
                 z = network[0].encode(k)
                 together = smallest_margin(network[1](z), labels).double()
                 alone = torch.cat(
-                    [smallest_margin(network[1](one), label) for one, label in zip(z.split(1), labels.split(1), strict=True)]
+                    [
+                        smallest_margin(network[1](one), label)
+                        for one, label in zip(z.split(1), labels.split(1), strict=True)
+                    ]
                 )
             assert (least <= together).all()
             assert (least <= alone.double()).all()
@@ -247,14 +250,21 @@ def test_coupling_the_end_points_is_tighter_than_boxing_them_apart() -> None:
 
 def test_enumeration_is_complete_and_counts_its_passes() -> None:
     """Against a plain product over cells, with 1, 2 and 3 cells per pixel."""
-    network = nn.Sequential(Abstraction(4), nn.Sequential(nn.Flatten(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)))
+    network = nn.Sequential(
+        Abstraction(4), nn.Sequential(nn.Flatten(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+    )
     bounds = CellBounds(network.eval(), (1, 2, 2), None)
     lo = torch.randint(0, 2, (30, 1, 2, 2))
     cells = Cells(lo, (lo + torch.randint(0, 3, lo.shape)).clamp_max(3))
     labels = network[1].double()(network[0].double().encode(lo)).argmax(1)
     result = enumerate_cells(bounds, cells, labels)
     for image in range(30):
-        ranges = [range(a, b + 1) for a, b in zip(cells.lo[image].flatten().tolist(), cells.hi[image].flatten().tolist(), strict=True)]
+        ranges = [
+            range(a, b + 1)
+            for a, b in zip(
+                cells.lo[image].flatten().tolist(), cells.hi[image].flatten().tolist(), strict=True
+            )
+        ]
         points = torch.tensor(list(itertools.product(*ranges))).view(-1, 1, 2, 2)
         margins = bounds.points(points, labels[image].expand(len(points)))
         assert bool(result.margin[image] > 0) == bool(margins.min() > 0)
