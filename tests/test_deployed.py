@@ -211,7 +211,7 @@ def test_a_reported_radius_was_itself_proved() -> None:
 def test_a_cascade_of_linear_bounds_is_float_sound_when_asked() -> None:
     """Real arithmetic allows larger radii, and every reported one was itself proved for the deployment."""
     network = shaken(residual_network()).eval()
-    asked = task(network, count=8)
+    asked = task(network, count=5)
     names, found = ("ibp", "ibp>crown-ibp>crown"), {}
     for name, deploy in product(names, ("float32", "tf32")):
         (found[name, deploy],) = find_certifier(name, "float_sound", deploy).certify(asked)
