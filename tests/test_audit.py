@@ -37,8 +37,9 @@ from certbench.data.files import load_dataset
 from certbench.errors import DataError, FoundError, RunError, UsageError
 from certbench.hookspecs import hookimpl
 from certbench.leaderboard.board import boards
-from certbench.leaderboard.build import build
-from certbench.leaderboard.tables import markdown, plain, records
+from certbench.leaderboard.build import Built, build
+from certbench.leaderboard.records import records
+from certbench.leaderboard.tables import markdown, plain
 from certbench.models import build_network
 from certbench.plugins import Plugins
 from certbench.recipe import Strict
@@ -842,7 +843,7 @@ def test_one_refuted_proof_voids_the_row_of_all_its_seeds(
         "toy"
     ]
     assert board.best("certified") == {0}
-    text = build(tmp_path)["digits-linf-0.1.md"]
+    text = build(tmp_path, page=False).files["digits-linf-0.1.md"]
     above, below = text.split("## Voided")
     assert (
         "| toy" not in above and "| toy" in below and "b" * 16 in below and "attacked with standard" in below
@@ -853,16 +854,16 @@ def test_one_refuted_proof_voids_the_row_of_all_its_seeds(
 
 def test_a_board_of_voided_rows_alone_is_still_built(store: ResultStore, tmp_path: Path) -> None:
     put(store, c0="refuted")
-    assert "No row stands." in build(tmp_path)["digits-linf-0.1.md"] and "No row stands." in plain(
-        boards(store)[0]
-    )
-    assert "voided" in build(tmp_path)["digits-linf-0.1.csv"]
+    assert "No row stands." in build(tmp_path, page=False).files[
+        "digits-linf-0.1.md"
+    ] and "No row stands." in plain(boards(store)[0])
+    assert "voided" in build(tmp_path, page=False).files["digits-linf-0.1.csv"]
 
 
 def test_a_board_whose_certified_exceeds_attacked_is_not_built() -> None:
     from certbench.leaderboard.metrics import AuditCounts, Metrics, attacked_accuracy
 
-    metrics = Metrics("a", "ibp", "f", "real_arith", "float32", 10, 10, 8, {"certified": 6}, None)
+    metrics = Metrics("a", "ibp", "f", "real_arith", "float32", 10, 8, {"certified": 6}, None, None)  # type: ignore[arg-type]  # no images are asked for
     counts = {"attacks": (), "claimed": 6, "tried": 6, "refuted_in_float": 0, "missing": 0, "falsified": 0}
     assert attacked_accuracy(metrics, AuditCounts(refuted=0, broken=2, **counts)) == 60  # type: ignore[arg-type]
     with pytest.raises(DataError, match="6 images are certified but only 5 withstood"):
@@ -1019,8 +1020,7 @@ def test_a_failed_run_outweighs_a_refuted_one(capsys: pytest.CaptureFixture[str]
 
     refuted: Any = RunOutcome("a" * 16, None, tmp_path, tmp_path, 1.0, 1.0, refuted=3)  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("certbench.leaderboard.build.write", lambda folder: [])
-        patch.setattr("certbench.leaderboard.build.read_boards", lambda folder: [])
+        patch.setattr("certbench.leaderboard.build.write", lambda folder: Built([], {}))
         with pytest.raises(FoundError, match="one: 3 refuted"):
             module.finish([refuted], ["one"], "out")
         with pytest.raises(SystemExit) as ended:

@@ -30,7 +30,7 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="For a program.")
 
 @click.group()
 def command() -> None:
-    """List and show recorded runs, hand them on and take them in, verify them, query them.
+    """List and show runs, hand them on and take them in, verify them, query them.
 
     \b
     Example:

@@ -185,7 +185,6 @@ class AuditCounts:
     """
 
     attacks: tuple[tuple[str, str, str], ...]
-    limits: tuple[str, ...]
     claimed: int
     tried: int
     refuted: int
@@ -194,6 +193,7 @@ class AuditCounts:
     broken: int
     falsified: int
     allowed: int = 0
+    limits: tuple[str, ...] = ()
 
 
 VOID_LEVEL = 0.001
