@@ -66,7 +66,8 @@ class Manifest:
         offset, size = int(self.offsets[position]), int(self.sizes[position])
         try:
             with self._path(position).open("rb") as stream:
-                content = os.pread(stream.fileno(), size, offset)
+                stream.seek(offset)
+                content = stream.read(size)
         except OSError as error:
             raise DataError(
                 f"cannot read image {self.where(position)}: {error.strerror}; get the file again"
