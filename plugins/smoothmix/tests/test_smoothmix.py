@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import re
+import tomllib
 from collections import OrderedDict
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -244,3 +246,18 @@ def test_recipes_hold_the_released_settings() -> None:
         expected |= {("cifar10", "resnet110", sigma, 5.0, s): (2, 4, alpha) for s in (0, 1)}
         expected |= {("cifar10", "resnet20", sigma, 5.0, 0): (2, 4, alpha)}
     assert found == expected
+
+
+def test_published_figures_speak_of_recipes_that_are_there() -> None:
+    figures = [
+        figure
+        for path in (files("certbench_smoothmix") / "published").iterdir()
+        for figure in tomllib.loads(path.read_text(encoding="utf-8"))["figures"]
+    ]
+    assert len(figures) > 150
+    for figure in figures:
+        assert (figure["method"], figure["norm"], figure["basis"]) == ("smoothmix", "l2", "log")
+        if "recipe" in figure:
+            recipe = installed().find_recipe(figure["recipe"])
+            found = (recipe.dataset, recipe.model, recipe.sigma)
+            assert found == (figure["dataset"], figure["model"], figure["sigma"])
