@@ -76,9 +76,9 @@ class CellBounds:
     def interval(self, cells: Cells, labels: Tensor) -> Tensor:
         """The smallest margin by coupled cell IBP, (batch,); -inf where a number may overflow."""
         if self.precision is None:
-            return interval_margins(
-                self.stem, self.graph, coupled_box(cells, self.abstraction), labels
-            ).amin(1)
+            return interval_margins(self.stem, self.graph, coupled_box(cells, self.abstraction), labels).amin(
+                1
+            )
         box, unsafe = self._sound_stem(cells, self.precision)
         margins = sound_rules.sound_bounds(self.graph, box, self.precision).margins(labels)
         return torch.where(margins.isnan() | unsafe[:, None], -torch.inf, margins).amin(1)
@@ -99,7 +99,9 @@ class CellBounds:
             return margins(self._linear, coupled_box(cells, self.abstraction), labels).amin(1)
         boxes = tighten(cast(nn.Sequential, self._linear.network))
         found = [
-            margins(self._linear, coupled_box(cells[which], self.abstraction), labels[which], tighten=boxes).amin(1)
+            margins(
+                self._linear, coupled_box(cells[which], self.abstraction), labels[which], tighten=boxes
+            ).amin(1)
             for which in torch.arange(len(labels), device=labels.device).split(PART)
         ]
         return torch.cat(found)

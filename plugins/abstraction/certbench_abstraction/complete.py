@@ -12,7 +12,7 @@ from torch import Tensor
 from certbench_abstraction.bounds import CellBounds
 from certbench_abstraction.cells import Cells
 
-BATCH = 2048
+BATCH = 256
 """Abstract inputs evaluated at once. Part of the settings: the shape of a batch decides the last bits of its results."""
 NODES = 64
 """Boxes of cells bounded at once when branching."""
@@ -38,7 +38,9 @@ def enumerate_cells(bounds: CellBounds, cells: Cells, labels: Tensor) -> Enumera
         found = bounds.points(k, labels[image])
         lowest = torch.full_like(margin, torch.inf).scatter_reduce(0, image, found, "amin")
         better = lowest < margin
-        torch.minimum(margin, lowest, out=margin)  # in place: what has failed drops out of the batches to come
+        torch.minimum(
+            margin, lowest, out=margin
+        )  # in place: what has failed drops out of the batches to come
         place = (better[image] & (found == lowest[image])).nonzero().squeeze(1)
         worst[image[place]] = k[place]
         evaluated += torch.bincount(image, minlength=len(labels))
@@ -60,7 +62,10 @@ def _batches(cells: Cells, margin: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         chosen = alive[:BATCH]
         at += int(chosen[-1]) + 1
         image, number = image[chosen], number[chosen]
-        yield image, _decode(number - (ends[image] - cells.count.long()[image]), image, cells, radix, position)
+        yield (
+            image,
+            _decode(number - (ends[image] - cells.count.long()[image]), image, cells, radix, position),
+        )
 
 
 def _straddling(cells: Cells) -> tuple[Tensor, Tensor]:

@@ -83,9 +83,7 @@ def refine_further(gradients: Sequence[Tensor], released_channels: bool) -> bool
     return not (low.rises > low.falls and up.rises < up.falls)
 
 
-def end_point_gradients(
-    classifier: nn.Sequential, batches: Iterable[tuple[Tensor, Tensor]]
-) -> list[Tensor]:
+def end_point_gradients(classifier: nn.Sequential, batches: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
     """The slope of the mean loss of each batch of raw images by its end points; one sum per channel is kept of each.
 
     Positive and negative parts are summed before batches are, so each batch gives a tensor (2, 2 C): its positive

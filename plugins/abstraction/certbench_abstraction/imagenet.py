@@ -45,9 +45,7 @@ def vgg(depth: int) -> Callable[[DatasetInfo], nn.Sequential]:
 
         network = getattr(torchvision.models, f"vgg{depth}")(num_classes=info.classes, init_weights=False)
         first = nn.Conv2d(info.shape[0], 64, 3, 1, 1)
-        return nn.Sequential(
-            first, *network.features[1:], network.avgpool, nn.Flatten(), *network.classifier
-        )
+        return nn.Sequential(first, *network.features[1:], network.avgpool, nn.Flatten(), *network.classifier)
 
     return build
 

@@ -330,7 +330,9 @@ class Chunk:
             index=np.arange(self.first, self.first + len(self.labels), dtype=np.int32),
             prediction=self.prediction.numpy(force=True),
             verdict=self.verdict,
-            radius=torch.where(self.broken, torch.nan, self.radius.clamp_max(round_down(task.cap))).numpy(force=True),
+            radius=torch.where(self.broken, torch.nan, self.radius.clamp_max(round_down(task.cap))).numpy(
+                force=True
+            ),
             margin=torch.where(unknown, torch.nan, self.margin).numpy(force=True),
             proved_by=np.array([*map(_both, self.proved_by, radius_by)], dtype=object),
             passes=self.passes.numpy(force=True).astype(np.int32),

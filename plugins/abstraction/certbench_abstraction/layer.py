@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from certbench.bounds import Box, SoundBox, interval_rule, sound_rule
+from certbench.bounds import Box, interval_rule, sound_rule
 from certbench.errors import UsageError
 
 
@@ -67,7 +67,9 @@ class StraightThrough(nn.Module):
 
     def __init__(self, abstraction: Abstraction) -> None:
         super().__init__()
-        self.abstraction = [abstraction]  # in a list, so that it is no submodule that asks to be replaced again
+        self.abstraction = [
+            abstraction
+        ]  # in a list, so that it is no submodule that asks to be replaced again
 
     def forward(self, t: Tensor) -> Tensor:
         z: Tensor = _PassGradient.apply(t, self.abstraction[0])

@@ -21,7 +21,7 @@ from certbench.training import fit
 from certbench.training.checkpoint import save_network
 from certbench_abstraction.granularity import candidates, end_point_gradients, refine_further
 from certbench_abstraction.network import build_classifier
-from certbench_abstraction.objective import AbstractionIBP, Abscert
+from certbench_abstraction.objective import Abscert, AbstractionIBP
 
 OBJECTIVES = {"abstraction": Abscert, "abstraction-ibp": AbstractionIBP}
 BATCH = 500

@@ -116,9 +116,7 @@ def tighten(network: nn.Sequential) -> Callable[[Box], Refine]:
     def over(box: Box) -> Refine:
         boxes = iter(relu_boxes(network, over_box(box, box.radius > SPREAD)))
 
-        def refine(
-            tape: Tape, activation: Activation, known: Box, needs: Callable[[Box], Tensor]
-        ) -> Box:
+        def refine(tape: Tape, activation: Activation, known: Box, needs: Callable[[Box], Tensor]) -> Box:
             found = next(boxes)
             return Box(lower=known.lower.maximum(found.lower), upper=known.upper.minimum(found.upper))
 

@@ -120,7 +120,9 @@ def test_each_step_agrees_with_brute_force(step: str, radius: str, guarantee: st
             assert rows.columns["enumerated"][i] >= count or verdict == "falsified"
         decided += verdict in {"certified", "falsified"}
         if rows.radius[i] > 0:
-            inside, _, _ = brute_force(network(), pixels, int(split.labels[i]), Fraction(float(rows.radius[i])))
+            inside, _, _ = brute_force(
+                network(), pixels, int(split.labels[i]), Fraction(float(rows.radius[i]))
+            )
             assert inside > 0, "the reported radius is proved"
         assert Fraction(float(rows.radius[i])) <= Fraction(radius)
     assert decided > 0 or radius == "1"
@@ -152,9 +154,13 @@ def test_images_that_stay_in_their_cells_get_the_single_cell_radius() -> None:
         pixels = to_pixels(split.images[i : i + 1], LEVELS)
         _, count, _ = brute_force(network(), pixels, int(split.labels[i]), Fraction(float(found.radius[i])))
         assert count == 1
-        assert found.radius[i] == round_down(Fraction(1, 20)) or brute_force(
-            network(), pixels, int(split.labels[i]), Fraction(np.nextafter(found.radius[i], 1.0))
-        )[1] > 1
+        assert (
+            found.radius[i] == round_down(Fraction(1, 20))
+            or brute_force(
+                network(), pixels, int(split.labels[i]), Fraction(np.nextafter(found.radius[i], 1.0))
+            )[1]
+            > 1
+        )
 
 
 def test_a_witness_is_shown_on_pixels_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +240,10 @@ def test_networks_that_cannot_be_certified_are_refused() -> None:
         list(certify_cells(task(split, "0.1", g=broken)))
     asked = task(split, "0.1", "float_sound")
     reduced = replace(
-        asked, recipe=asked.recipe.model_copy(update={"certify": asked.recipe.certify.model_copy(update={"deploy": "bf16"})})
+        asked,
+        recipe=asked.recipe.model_copy(
+            update={"certify": asked.recipe.certify.model_copy(update={"deploy": "bf16"})}
+        ),
     )
     with pytest.raises(UsageError, match="stored in bf16"):
         list(certify_cells(reduced))

@@ -33,7 +33,7 @@ from certbench_abstraction.granularity import (
 )
 from certbench_abstraction.layer import Abstraction
 from certbench_abstraction.network import build_classifier, split
-from certbench_abstraction.objective import AbstractionIBP, Abscert, initialize, warm_cosine
+from certbench_abstraction.objective import Abscert, AbstractionIBP, initialize, warm_cosine
 from certbench_abstraction.settings import Search
 from certbench_abstraction.training import BestEpoch, accuracy, train_abstraction
 
@@ -93,11 +93,18 @@ def test_the_stopping_test_as_coded_and_as_intended(oracle: Load, number: int, w
     images, labels = arrays[f"t{number}_x"].double(), arrays[f"t{number}_y"].long()
     channels = images.shape[1]
     f = nn.Sequential(nn.Flatten(), nn.Linear(32 * channels, 6), nn.ReLU(), nn.Linear(6, 10)).double()
-    classifier = nn.Sequential(Abstraction(int(arrays["n"])).double(), with_weights(f, arrays, f"t{number}_w__"))
+    classifier = nn.Sequential(
+        Abstraction(int(arrays["n"])).double(), with_weights(f, arrays, f"t{number}_w__")
+    )
     batches = zip(((images + 1) / 2).split(8), labels.split(8), strict=True)
     gradients = end_point_gradients(classifier, batches)
     wanted = arrays["sums"][number].tolist()
-    places = [slice(0, channels), slice(0, 2 * channels, 2), slice(channels, 2 * channels), slice(0, channels)]
+    places = [
+        slice(0, channels),
+        slice(0, 2 * channels, 2),
+        slice(channels, 2 * channels),
+        slice(0, channels),
+    ]
     for place, (rises, falls) in zip(places, zip(wanted[::2], wanted[1::2], strict=True), strict=True):
         found = pull(gradients, place)
         assert (found.rises, found.falls) == pytest.approx((rises, falls), rel=1e-5)
@@ -108,17 +115,20 @@ def test_the_stopping_test_as_coded_and_as_intended(oracle: Load, number: int, w
 def test_the_granularity_is_chosen_on_held_out_training_images(digits: Dataset, tmp_path: Path) -> None:
     recipe_task = task_of(digits, tmp_path)
     search = Search(radii=(0.5, 0.3), held_out=100)
-    own = replace(
-        recipe_task, settings=recipe_task.settings.model_copy(update={"n": None, "search": search})
-    )
+    own = replace(recipe_task, settings=recipe_task.settings.model_copy(update={"n": None, "search": search}))
     blind = replace(own, dataset=replace(digits, test=digits.test.slice(0, 1)))
     network = train_abstraction(blind)
     notes = json.loads((tmp_path / "search.json").read_text())
     assert notes["n"] == network[0].n
     assert set(map(int, notes["tried"])) <= {2, 3}
-    assert all(round(share * 100) == pytest.approx(share * 100) for share in notes["tried"].values()), "of 100 images"
+    assert all(round(share * 100) == pytest.approx(share * 100) for share in notes["tried"].values()), (
+        "of 100 images"
+    )
     again = train_abstraction(replace(blind, only_load=True))
-    assert all(torch.equal(a, b) for a, b in zip(network.state_dict().values(), again.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(network.state_dict().values(), again.state_dict().values(), strict=True)
+    )
     with pytest.raises(RunError, match="no finished search"):
         train_abstraction(replace(blind, only_load=True, folder=tmp_path / "elsewhere"))
     greedy = own.settings.model_copy(update={"search": search.model_copy(update={"held_out": 399})})
@@ -148,8 +158,8 @@ def test_released_selection_keeps_the_best_epoch_of_the_test_set(digits: Dataset
         ("method.ladder.cap=-1", "method.ladder.cap"),
         ("method.warm_up=1.0", "method.warm_up = 1.0"),
         ("method.released.everything=true", "unknown key 'method.released.everything'"),
-        ('method.search.radii=[0.1, 0.2]', "radii fall from large to small"),
-        ('method.search.radii=[0.2, 0.1]', "and not both"),
+        ("method.search.radii=[0.1, 0.2]", "radii fall from large to small"),
+        ("method.search.radii=[0.2, 0.1]", "and not both"),
     ],
 )
 def test_bad_settings_are_explained(override: str, words: str) -> None:
@@ -157,7 +167,9 @@ def test_bad_settings_are_explained(override: str, words: str) -> None:
         installed().find_recipe("abstraction/digits-linf-0.1", [override])
 
 
-def test_more_intervals_than_pixel_values_are_refused_before_training(digits: Dataset, tmp_path: Path) -> None:
+def test_more_intervals_than_pixel_values_are_refused_before_training(
+    digits: Dataset, tmp_path: Path
+) -> None:
     with pytest.raises(UsageError, match="method.n = 17: pixels of digits have 17 values"):
         train_abstraction(task_of(digits, tmp_path, "method.n=17"))
 
@@ -234,7 +246,10 @@ def test_the_intended_wave_ends_at_zero_and_the_released_one_at_its_peak() -> No
     assert warm_cosine(3, 5, 0.1, 0.5) > 0, "too short a run for a warm-up has none"
 
 
-@pytest.mark.parametrize(("kind", "spread"), [("xavier", (6 / 1200) ** 0.5 / 3**0.5), ("normal", 0.01), ("kaiming", (2 / 800) ** 0.5)])
+@pytest.mark.parametrize(
+    ("kind", "spread"),
+    [("xavier", (6 / 1200) ** 0.5 / 3**0.5), ("normal", 0.01), ("kaiming", (2 / 800) ** 0.5)],
+)
 def test_weights_are_drawn_as_published_and_biases_left_alone(kind: str, spread: float) -> None:
     layer = nn.Linear(800, 400)
     bias = layer.bias.clone()
@@ -253,11 +268,13 @@ def test_the_augmentation_flips_erases_and_shifts() -> None:
     assert torch.equal(found, augment(images, torch.Generator().manual_seed(0)))
     grey = (found == FILL).all(1).flatten(1).float().mean(1)
     erased = grey[grey > 0]
-    assert 0.5 < len(erased) / 400
+    assert len(erased) / 400 > 0.5
     assert float(grey.max()) < 0.2 + 0.3
     flat = torch.zeros(4000, 1, 32, 32)
     shares = (augment(flat, torch.Generator().manual_seed(1)) == FILL)[:, 0, 12:20, 12:20].flatten(1).any(1)
-    assert 0.1 < float(shares.float().mean()) < 0.45, "about half have a rectangle, not all of them in the middle"
+    assert 0.1 < float(shares.float().mean()) < 0.45, (
+        "about half have a rectangle, not all of them in the middle"
+    )
     marked = torch.arange(32.0).expand(1000, 1, 32, 32)
     rising = (augment(marked, torch.Generator().manual_seed(2)).diff(dim=3)[:, 0, 16] == 1).sum(1)
     assert 0.4 < float((rising > 5).float().mean()) < 0.6, "half are mirrored"
@@ -269,7 +286,12 @@ def test_the_augmentation_flips_erases_and_shifts() -> None:
 @pytest.mark.parametrize("batch", [0, 3, 8, 30])
 def test_the_loss_of_each_phase(digits: Dataset, tmp_path: Path, batch: int) -> None:
     task = task_of(
-        digits, tmp_path, "method.ramp_start=1", "method.ramp_epochs=2", "method.kappa=0.25", method="abstraction-ibp"
+        digits,
+        tmp_path,
+        "method.ramp_start=1",
+        "method.ramp_epochs=2",
+        "method.kappa=0.25",
+        method="abstraction-ibp",
     )
     objective = AbstractionIBP(task)
     network = build_classifier("dm-small", digits.info, 4, 0)
@@ -288,7 +310,9 @@ def test_the_loss_of_each_phase(digits: Dataset, tmp_path: Path, batch: int) -> 
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
     certifier = CellBounds(network.eval(), digits.info.shape, None)
-    torch.testing.assert_close(margins.amin(1).double(), certifier.interval(cells, labels), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        margins.amin(1).double(), certifier.interval(cells, labels), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_networks_with_batch_norm_train_too(digits: Dataset, tmp_path: Path) -> None:
