@@ -12,7 +12,7 @@ from torch import Tensor
 from certbench_abstraction.bounds import CellBounds
 from certbench_abstraction.cells import Cells
 
-BATCH = 2048
+BATCH = 256
 """Abstract inputs evaluated at once. Part of the settings: the shape of a batch decides the last bits of its results."""
 NODES = 64
 """Boxes of cells bounded at once when branching."""

@@ -11,14 +11,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from certbench.bounds import PRECISIONS, input_box, sound_margins, trace
+from certbench.bounds import PRECISIONS, Box, input_box, sound_margins, trace
 from certbench.data.catalog import DATASETS
+from certbench.errors import UsageError
 from certbench.models import MODELS
 from certbench_abstraction.bounds import CellBounds, smallest_margin
 from certbench_abstraction.cells import Cells, on_grid, pixels_of, radius_until_change, reachable
 from certbench_abstraction.complete import branch, enumerate_cells
 from certbench_abstraction.layer import Abstraction
 from certbench_abstraction.network import build_classifier
+from certbench_abstraction.zonotope import over_box, relu_boxes
 
 Arrays = dict[str, Tensor]
 Load = Callable[[str], Arrays]
@@ -273,3 +275,33 @@ def test_enumeration_is_complete_and_counts_its_passes() -> None:
             assert float(result.margin[image]) == pytest.approx(float(margins.min()))
         else:
             assert int(result.evaluated[image]) <= len(points)
+
+
+def test_zonotopes_hold_every_value_and_name_what_they_cannot_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(4, 3, 3, 2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(12, 6),
+        nn.ReLU(),
+    ).double()
+    center, radius = torch.randn(3, 2, 5, 5).double(), 0.3 * torch.rand(3, 2, 5, 5).double()
+    radius[1] = 0.0
+    variable = torch.rand(3, 2, 5, 5) < 0.5
+    for limit in (0, 60, 10_000):  # new ReLUs become variables nowhere, in the first layer, everywhere
+        monkeypatch.setattr("certbench_abstraction.zonotope.VARIABLES", limit)
+        boxes = relu_boxes(network, over_box(Box(center=center, radius=radius), variable))
+        assert len(boxes) == 3
+        for corner in range(60):
+            share = torch.rand_like(radius) * 2 - 1 if corner % 2 else torch.randn_like(radius).sign()
+            value, found = center + share * radius, iter(boxes)
+            for layer in network:
+                if isinstance(layer, nn.ReLU):
+                    box = next(found)
+                    assert (box.lower - 1e-12 <= value).all()
+                    assert (value <= box.upper + 1e-12).all()
+                value = layer(value)
+    with pytest.raises(UsageError, match="forward through Tanh"):
+        relu_boxes(nn.Sequential(nn.Tanh()), over_box(Box(center=center, radius=radius), variable))
