@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -344,3 +345,17 @@ def test_sql_reads_all_tables_old_files_included(packed: Path, tmp_path: Path) -
 def test_every_help_has_an_example(name: str) -> None:
     shown = invoke(name, "--help")
     assert shown.exit_code == 0 and f"certbench results {name}" in shown.output
+
+
+def test_the_documented_pandas_snippet_gives_what_the_board_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).parent.parent
+    monkeypatch.chdir(root)
+    (snippet,) = re.findall(r"```python\n(.*?)```", (root / "docs/results.md").read_text(), re.DOTALL)
+    *statements, last = snippet.strip().splitlines()
+    names: dict[str, Any] = {}
+    exec("\n".join(statements), names)
+    radii = eval(last, names)
+    for board in boards(ResultStore(root / "leaderboards" / "results")):
+        for row in board.rows:
+            if row.acr is not None and row.certifier == "ibp":
+                assert radii[row.recipe] == pytest.approx(row.acr.mean, rel=1e-9)
