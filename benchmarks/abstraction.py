@@ -52,8 +52,9 @@ def main() -> None:
     count, passes, few = (500, 2**12, 8) if quick else (10_000, 2**16, 100)
     network = build_classifier("dm-small", DATASETS["mnist"], 9, 0).eval()
     pixels = images(count)
+    labels = torch.zeros(count, dtype=torch.int64)
     with torch.no_grad():
-        labels = network(pixels).argmax(1)
+        network[1][-1].bias[0] += 100  # class 0 everywhere, so that every enumeration goes to its end
 
     with torch.no_grad(), ThreadPoolExecutor(cores) as workers:
         for name, precision in (("real_arith", None), ("float_sound", PRECISIONS["float32"])):
@@ -68,10 +69,8 @@ def main() -> None:
                 lambda w=work, p=parts: [*workers.map(w, p)],
             )
             cells = free(network[0].index(pixels[:1]), passes.bit_length() - 1)
-            label = network[1](network[0].encode(cells.hi)).argmax(1)
-            found = enumerate_cells(bounds, cells, label)
-            again = partial(enumerate_cells, bounds, cells, label)
-            timed(f"enumeration, {name}, one core", "forward passes", int(found.evaluated[0]), again)
+            again = partial(enumerate_cells, bounds, cells, labels[:1])
+            timed(f"enumeration, {name}, one core", "forward passes", int(cells.count), again)
         bounds = CellBounds(network, (1, 28, 28), None)
         cells = reachable(pixels[:few].double(), torch.full((few,), EPS, dtype=torch.float64), network[0])
         for kind in ("crown-ibp", "zonotope"):
