@@ -432,12 +432,16 @@ def test_statistical_certificates_follow_their_own_rules(store: ResultStore) -> 
         k=[990, 600, 900, 800, 0],
         exact_noise=True,
     )
-    store.write_certificates(RUN, "smooth", SETTINGS, smoothed)
+    smooth = "5" * 16
+    recipe = '{"seed":0,"threat":{"norm":"l2","sigma":0.5}}'
+    of_l2 = {"norm": "l2", "sigma": 0.5, "radius": None, "cap": None, "recipe": recipe}
+    store.write_run(run_row(run_id=smooth, protocol="l2-another-1", **of_l2))
+    store.write_certificates(smooth, "smooth", SETTINGS, smoothed)
     rows = store.read("certificates").to_pylist()
     assert rows[0]["sigma"] == 0.5 and rows[0]["exact_noise"] is True and rows[1]["prediction"] is None
     with pytest.raises(DataError, match="yet has a radius"):
         changed = smoothed | {"radius": [round_down(RADIUS), 0.1, 0.0, 0.01, math.nan]}
-        store.write_certificates(RUN, "smooth", "0" * 64, changed)
+        store.write_certificates(smooth, "smooth", "0" * 64, changed)
 
 
 # Rewriting ---------------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ def shard(certifier: str, /, **changes: Any) -> pa.Table:
     }[certifier]()
     columns = {
         "certifier": [certifier] * 3,
+        "guarantee": ["statistical"] * 3,
         "index": [0, 20, 40],
         "sigma": [SIGMA] * 3,
         "alpha": [ALPHA] * 3,
@@ -47,19 +48,20 @@ def shard(certifier: str, /, **changes: Any) -> pa.Table:
     return pa.table(columns | changes)
 
 
+RUN = {"norm": "l2", "sigma": SIGMA, "protocol": "l2-another-1"}
 CERTIFIERS = ["smoothing", "smoothing-sequential", "smoothing-two-sided"]
 
 
 @pytest.mark.parametrize("certifier", CERTIFIERS)
 def test_rows_that_follow_from_their_counts_are_in_order(certifier: str) -> None:
-    assert list(smoothed_problems(shard(certifier), {"sigma": SIGMA})) == []
+    assert list(smoothed_problems(shard(certifier), RUN)) == []
 
 
 @pytest.mark.parametrize("certifier", CERTIFIERS)
 def test_a_radius_a_little_too_large_is_reported(certifier: str) -> None:
     radius = shard(certifier).column("radius").to_numpy().copy()
     radius[1] += 1e-8
-    (problem,) = smoothed_problems(shard(certifier, radius=radius), {"sigma": SIGMA})
+    (problem,) = smoothed_problems(shard(certifier, radius=radius), RUN)
     assert problem == "image 20 has a radius that its counts do not prove"
 
 
@@ -75,13 +77,31 @@ def test_a_radius_a_little_too_large_is_reported(certifier: str) -> None:
     ],
 )
 def test_rows_that_do_not_follow_are_reported(changes: dict[str, Any], problem: str) -> None:
-    (found,) = smoothed_problems(shard("smoothing", **changes), {"sigma": SIGMA})
+    (found,) = smoothed_problems(shard("smoothing", **changes), RUN)
     assert found.startswith(problem)
 
 
 def test_certificates_of_plugins_certifiers_are_left_to_them() -> None:
     table = shard("smoothing", certifier=["of-a-plugin"] * 3, k=pa.nulls(3, pa.int64()))
-    assert list(smoothed_problems(table, {"sigma": SIGMA})) == []
+    assert list(smoothed_problems(table, RUN)) == []
+
+
+def test_a_guarantee_that_does_not_fit_its_protocol_is_reported() -> None:
+    stranger = shard("smoothing", certifier=["of-a-plugin"] * 3)
+    (problem,) = smoothed_problems(stranger, RUN | {"protocol": "l2-fixed-1"})
+    assert "is none of its certifiers" in problem
+    assert "no L-inf protocol" in next(iter(smoothed_problems(stranger, RUN | {"norm": "linf"})))
+    (problem,) = smoothed_problems(shard("smoothing", guarantee=["float_sound"] * 3), RUN)
+    assert "is statistical and not float_sound" in problem
+
+
+def test_a_rival_that_cannot_hold_the_missing_draws_is_reported() -> None:
+    k, n = np.array([500] * 3), np.array([1000] * 3)
+    radius = two_sided_radius(k, n, ALPHA, SIGMA, [0, 0, 0], 1)
+    assert (radius > 0).all()
+    table = shard("smoothing-two-sided", k=k, n=n, radius=radius, proved_by=["rival 0 of 1"] * 3)
+    (problem,) = smoothed_problems(table, RUN)
+    assert "counts do not prove" in problem
 
 
 # Audit -------------------------------------------------------------------------------------------------------------

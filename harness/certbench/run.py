@@ -564,11 +564,11 @@ def refutations(store: ResultStore, of: CertificateSet) -> tuple[int | None, boo
     if audits.empty:
         return None, False
     refuted = audits.loc[audits["outcome"] == "refuted", "index"].nunique()
-    first = store.certificates(*of).slice(0, 1).to_pylist()[0]
+    certificates = store.certificates(*of)
+    first = certificates.slice(0, 1).to_pylist()[0]
     if first["guarantee"] != "statistical":
         return refuted, refuted > 0
-    tried = audits.loc[audits["kind"] == "certified_radius", "index"].nunique()
-    return refuted, refuted > allowed_refutations(tried, first["alpha"])
+    return refuted, refuted > allowed_refutations(certificates.num_rows, first["alpha"])
 
 
 def choose_certifier(recipe: Recipe, owned: Owned, plugins: Plugins) -> Certifier:

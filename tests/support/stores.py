@@ -192,6 +192,8 @@ def smoothed(
             "n": n,
             "k": hits,
             "draws": [n + 100] * len(hits),
+            "stop_reason": "fixed",
+            "generator_key": "philox/0123456789abcdef",
             "exact_noise": False,
         },
     )

@@ -52,6 +52,8 @@ def _elu(alpha: float = 1.0) -> Accuracy:
 
 
 def _celu(alpha: float = 1.0) -> Accuracy:
+    if not alpha > 0:
+        raise UnsupportedError(f"no rule for CELU with alpha {alpha}")
     return Accuracy(constant=16 * abs(alpha))
 
 

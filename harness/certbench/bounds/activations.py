@@ -16,7 +16,7 @@ from certbench.errors import UsageError
 aten = torch.ops.aten
 
 NON_DECREASING = (
-    "relu", "sigmoid", "tanh", "hardsigmoid", "log_sigmoid", "selu", "celu", "exp",
+    "relu", "sigmoid", "tanh", "hardsigmoid", "log_sigmoid", "selu", "exp",
     "hardtanh", "relu6", "clamp", "clamp_min", "clamp_max",
 )  # fmt: skip
 """Operations that are non-decreasing whatever their options: the two ends of a box go through."""
@@ -47,6 +47,13 @@ def elu(x: Box, alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0
             f"ELU with the negative factor {min(alpha, scale, input_scale)} has no interval rule"
         )
     return x.ends(lambda end: aten.elu.default(end, alpha, scale, input_scale))
+
+
+@interval_rule("aten.celu.default")
+def celu(x: Box, alpha: float = 1.0) -> Box:
+    if not alpha > 0:
+        raise UsageError(f"CELU with alpha {alpha} has no interval rule; alpha must be positive")
+    return x.ends(lambda end: aten.celu.default(end, alpha))
 
 
 @interval_rule("aten.softplus.default")

@@ -79,5 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    click.echo(f"certbench: {message}", err=True)
+    from certbench.leaderboard.escape import printable
+
+    click.echo(f"certbench: {printable(message)}", err=True)
     sys.exit(code)

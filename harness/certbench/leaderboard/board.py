@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ from certbench.leaderboard.gather import Entry, gather
 from certbench.leaderboard.published import Notes
 from certbench.leaderboard.ranking import ranked
 from certbench.leaderboard.row import Row, order, rows_of
+from certbench.recipe import protocol_of
 from certbench.results.rules import parse_fraction
 from certbench.results.store import ResultStore
 from certbench.threat import format_radius
@@ -77,7 +79,7 @@ def boards(store: ResultStore, notes: Notes | None = None) -> list[Board]:
     settings: dict[tuple[str, str, str], dict[str, list[Entry]]] = defaultdict(lambda: defaultdict(list))
     for entry in entries:
         run = entry.run
-        settings[run["dataset"], run["norm"], _size(run)][run["protocol"]].append(entry)
+        settings[run["dataset"], run["norm"], _size(run)][_protocol(entry)].append(entry)
     found = []
     for setting, protocols in settings.items():
         for protocol, members in protocols.items():
@@ -130,6 +132,17 @@ def _sizes(entries: Sequence[Entry]) -> Mapping[str, int]:
         digest = entry.run["dataset_digest"]
         found[digest] = max(found[digest], int(entry.metrics.each.index[-1]) + 1)
     return found
+
+
+def _protocol(entry: Entry) -> str:
+    """The run's, unless its certificates are by another L2 certifier than its recipe's: each has rules of its own."""
+    protocol: str = entry.run["protocol"]
+    certifier = entry.metrics.certifier
+    asked = (json.loads(entry.run["recipe"]).get("certify") or {}).get("certifier", certifier)
+    if entry.run["norm"] != "l2" or certifier == asked:
+        return protocol
+    stride = _stride(protocol)
+    return protocol_of("l2", certifier, "all" if stride == 1 else f"every-{stride}")
 
 
 def _stride(protocol: str) -> int:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from certbench.leaderboard.board import Board
-from certbench.leaderboard.metrics import VOID_LEVEL
 from certbench.leaderboard.row import Audited, Row
 from certbench.stats.binomial import quantile
 from certbench.stats.ranks import LEVEL
+from certbench.stats.smoothing import VOID_LEVEL
 from certbench.threat import format_radius
 
 GUARANTEES = {

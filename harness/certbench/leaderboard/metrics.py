@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from certbench.errors import DataError
 from certbench.results.rules import UNDECIDED, VERDICTS, distinct
-from certbench.stats.binomial import quantile
+from certbench.stats.smoothing import allowed_refutations
 
 PA_BINS = 20
 """Bins of equal width in which the hits of a smoothed classifier, k of n, are counted."""
@@ -196,10 +196,6 @@ class AuditCounts:
     limits: tuple[str, ...] = ()
 
 
-VOID_LEVEL = 0.001
-"""A sound statistical row is voided with at most this probability."""
-
-
 def count_audits(certificates: pa.Table, audits: pa.Table) -> AuditCounts | None:
     """Add up the audits of one run's certificates by one certifier; None where nothing of it was attacked."""
     audits = audits.filter(pc.invert(pc.is_in(audits.column("outcome"), pa.array(UNDECIDED))))
@@ -236,7 +232,7 @@ def count_audits(certificates: pa.Table, audits: pa.Table) -> AuditCounts | None
         missing=int((correct & ~images(at_radius)).sum()),
         broken=int((correct & (witnessed | verdict("falsified"))).sum()),
         falsified=int((witnessed & verdict("unknown")).sum()),
-        allowed=_allowed(certificates, tried),
+        allowed=_allowed(certificates),
     )
 
 
@@ -247,11 +243,12 @@ def _attacks(audits: pa.Table) -> tuple[tuple[str, str, str], ...]:
     return tuple(sorted((row[names[0]], row[names[1]], row[names[2]] or "") for row in found))
 
 
-def _allowed(certificates: pa.Table, tried: int) -> int:
-    if certificates.column("guarantee")[0].as_py() != "statistical" or not tried:
+def _allowed(certificates: pa.Table) -> int:
+    """Of all images, not of the certified ones alone: alpha bounds the chance to be certified *and* wrong."""
+    if certificates.column("guarantee")[0].as_py() != "statistical":
         return 0
     alpha = _one(certificates, "alpha")
-    return quantile(tried, alpha, 1 - VOID_LEVEL) if alpha else 0
+    return allowed_refutations(certificates.num_rows, alpha) if alpha else 0
 
 
 def attacked_accuracy(metrics: Metrics, audit: AuditCounts | None) -> Fraction | None:

@@ -120,8 +120,12 @@ class Row:
 
     @property
     def budget(self) -> tuple[object, ...]:
-        """Rows of one budget may be compared by their ACR: one cap, and one number of draws of a smoothed classifier."""
-        return self.cap, self.sampling.n if self.sampling else None
+        """Rows of one budget may be compared by their ACR: one cap; for smoothing one rule by which draws end, one alpha."""
+        if self.sampling is None:
+            return (self.cap,)
+        asked = (json.loads(self.run["recipe"]).get("certify") or {}).get("smoothing") or {}
+        rule = tuple(str(asked.get(key)) for key in ("n", "goal", "radii", "tolerance"))
+        return self.cap, self.sampling.alpha, rule if asked else self.sampling.n
 
     @property
     def run(self) -> Mapping[str, Any]:

@@ -212,8 +212,8 @@ def _certificate_rules(table: pa.Table) -> Iterator[str]:
             pc.and_(pc.and_(known, pc.invert(right)), pc.invert(pc.or_(is_missed, failed)))
         ),
         "sigma is not a positive number": lambda: _unless(pc.greater(column("sigma"), 0.0), column("sigma")),
-        "alpha is not between 0 and 1": lambda: _unless(
-            pc.and_(pc.greater(column("alpha"), 0.0), pc.less(column("alpha"), 1.0)), column("alpha")
+        "alpha is not between 0 and 1/2": lambda: _unless(
+            pc.and_(pc.greater(column("alpha"), 0.0), pc.less(column("alpha"), 0.5)), column("alpha")
         ),
         "k exceeds n": lambda: pc.greater(column("k"), column("n")),
         "a count is negative": lambda: _any_negative(

@@ -18,9 +18,15 @@ _RIVAL = re.compile(r"rival (\d{1,18}) of (\d{1,9})$")
 
 def smoothed_problems(shard: pa.Table, run: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong with the certificates of one run by one of the core's smoothed certifiers; else nothing."""
-    certifier = shard.column("certifier")[0].as_py()
-    if certifier not in PROTOCOLS:
+    certifier, guarantee = (shard.column(name)[0].as_py() for name in ("certifier", "guarantee"))
+    if guarantee == "statistical" and run["norm"] == "linf":
+        yield "is statistical, which no L-inf protocol knows"
+    if certifier not in PROTOCOLS or certifier == "linf":
+        if run["protocol"].startswith(("l2-fixed-", "l2-sequential-")):
+            yield f"is of protocol {run['protocol']}, but {certifier!r} is none of its certifiers"
         return
+    if guarantee != "statistical":
+        yield f"is by {certifier}, whose guarantee is statistical and not {guarantee}"
     missing = [name for name in _COUNTS if shard.column(name).null_count]
     if missing:
         yield f"lacks {', '.join(missing)}"
@@ -44,7 +50,9 @@ def _proved(certifier: str, rows: Mapping[str, np.ndarray]) -> np.ndarray:
         return PROOFS[certifier](rows["k"], rows["n"], alpha, sigma, rows["radius"])
     proved = np.zeros(len(rows["k"]), dtype=bool)
     for row, text in enumerate(rows["proved_by"]):
-        if rival := _RIVAL.search(text):
+        rival = _RIVAL.search(text)
+        missed = int(rows["n"][row] - rows["k"][row])
+        if rival and missed <= int(rival[1]) * int(rival[2]) and int(rival[1]) <= missed:
             most = two_sided_radius(
                 rows["k"][row], rows["n"][row], alpha, sigma, int(rival[1]), int(rival[2])
             )

@@ -137,8 +137,10 @@ def familywise_level(alpha: float, images: int) -> float:
 
 
 def allowed_refutations(images: int, alpha: float) -> int:
-    """How many of ``images`` certificates an audit may refute before their row is void.
+    """How many certificates an audit may refute before their row is void.
 
-    Each may err with probability ``alpha``: a sound row is voided with probability 0.001 at most.
+    ``images`` counts all that were tested, certified or not: each is certified wrongly with probability ``alpha`` at
+    most, while of those that were certified any share may be wrong. A sound row then has more wrong ones with
+    probability 0.001 at most; that an audit refutes a right one comes on top.
     """
     return quantile(images, alpha, 1 - VOID_LEVEL) if images else 0

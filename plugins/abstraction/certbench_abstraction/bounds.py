@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from certbench.bounds import Box, Precision, SoundBox, crown_ibp_margins, crown_margins, trace
-from certbench.bounds import sound as sound_rules
 from certbench.bounds.graph import Graph, Statistics
+from certbench.bounds.sound import Deployment, sound_bounds
+from certbench.bounds.sound.deployment import SOUND_RULES
+from certbench.bounds.sound.rounding import up
 from certbench_abstraction.cells import Cells
 from certbench_abstraction.layer import Abstraction
 from certbench_abstraction.network import Stem, split
@@ -80,7 +82,7 @@ class CellBounds:
                 1
             )
         box, unsafe = self._sound_stem(cells, self.precision)
-        margins = sound_rules.sound_bounds(self.graph, box, self.precision).margins(labels)
+        margins = sound_bounds(self.graph, box, self.precision).margins(labels)
         return torch.where(margins.isnan() | unsafe[:, None], -torch.inf, margins).amin(1)
 
     def linear(self, cells: Cells, labels: Tensor, kind: str) -> Tensor:
@@ -143,13 +145,14 @@ class CellBounds:
         on rho covers the round-off of what is taken off: the tables are float32, so r_L itself is exact.
         """
         table = self.abstraction
-        run = sound_rules.Deployment(precision, cells.lo)
+        run = Deployment(precision, cells.lo)
         ends = SoundBox(lower=table.encode(cells.lo), upper=table.encode(cells.hi))
         layer = self.stem.layer
         if isinstance(layer, nn.Linear):
-            box = sound_rules.linear(run, ends.both(lambda part: part.flatten(1)), layer.weight, layer.bias)
+            flat = ends.both(lambda part: part.flatten(1))
+            box = SOUND_RULES["aten.linear.default"](run, flat, layer.weight, layer.bias)
         else:
-            box = sound_rules.conv2d(run, ends, layer.weight, layer.bias, *self.stem.geometry)
+            box = SOUND_RULES["aten.conv2d.default"](run, ends, layer.weight, layer.bias, *self.stem.geometry)
         r = (torch.take(table.lower, cells.hi) - torch.take(table.lower, cells.lo)) / 2
         widths = table.upper - table.lower
         s = torch.where(r > 0, widths.max() - widths.min(), 0.0)
@@ -157,7 +160,7 @@ class CellBounds:
         gained = self.stem.apply(r, upper.abs() + lower.abs() - (upper + lower).abs())
         lost = self.stem.apply(s, 2 * upper.abs())
         factor = precision.cover(layer.weight[0].numel() + 16)
-        radius = sound_rules.up((box.radius + lost) * factor - gained)
+        radius = up((box.radius + lost) * factor - gained)
         return SoundBox(center=box.center, radius=radius), run.unsafe
 
 

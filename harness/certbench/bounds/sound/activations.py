@@ -17,7 +17,7 @@ from torch import Tensor
 from certbench.bounds.interval import RULES as INTERVAL_RULES
 from certbench.bounds.interval import per_channel
 from certbench.bounds.sound.arithmetic import Rounded, both_rules
-from certbench.bounds.sound.deployment import Deployment, as_sound, refuse_boxes
+from certbench.bounds.sound.deployment import Deployment, as_sound, per_image, refuse_boxes
 from certbench.bounds.sound.rounding import SoundBox, down, up
 from certbench.errors import UsageError
 
@@ -26,7 +26,8 @@ from certbench.errors import UsageError
 class Function:
     """How far an evaluation of f(x) may be off: ``result |f| + input |x| + constant`` unit round-offs, and ``step``.
 
-    ``lipschitz`` bounds the slope of f: how much a change of x may change it.
+    ``lipschitz`` bounds the slope of f: how much a change of x may change it. ``inner`` times ``|x|`` bounds what is
+    computed on the way, which must not overflow.
     """
 
     result: float = 8.0
@@ -34,6 +35,7 @@ class Function:
     constant: float = 0.0
     step: float = 0.0
     lipschitz: float = 1.0
+    inner: float = 1.0
 
 
 def _softplus(beta: float = 1.0, threshold: float = 20.0) -> Function:
@@ -59,7 +61,7 @@ FUNCTIONS: dict[str, Callable[..., Function]] = {
     "aten.mish.default": lambda: Function(result=16.0, lipschitz=1.1),
     "aten.gelu.default": lambda approximate="none": Function(input=16.0, lipschitz=1.13),
     "aten.hardsigmoid.default": lambda: Function(constant=8.0),
-    "aten.hardswish.default": lambda: Function(input=8.0, lipschitz=1.5),
+    "aten.hardswish.default": lambda: Function(input=8.0, lipschitz=1.5, inner=6.0),
 }
 
 
@@ -71,6 +73,7 @@ def _library(operation: str, function_of: Callable[..., Function]) -> Callable[.
         stored = run.stored(x)
         image = image_of(stored, *options, **named)
         size, reach = torch.maximum(image.lower.abs(), image.upper.abs()), stored.magnitude
+        run.guard(per_image(reach) * f.inner, p.sum_largest)
         error = (f.result * size + f.input * reach + f.constant) * p.library() + f.step
         # what vanishes: the result, or a factor that meets x
         error = error + (p.flush + p.unit_flush) * (2 + 2 * reach)

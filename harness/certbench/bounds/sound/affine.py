@@ -232,12 +232,18 @@ def batch_norm(
     inverse = 1 / deviation
     scale = inverse if weight is None else weight * inverse
     shift = torch.zeros_like(scale) if bias is None else bias
-    forbid(run, x, deviation.amin() > 4 * p.flush)
-    scale, shift, mean, inverse = (per_channel(t, x.shape) for t in (scale, shift, mean, inverse))
+    moved = 2 * p.flush / (var + eps)  # a variance near the smallest numbers is stored with an absolute error
+    forbid(run, x, (deviation.amin() > 4 * p.flush) & (moved.amax() < 0.5))
+    scale, shift, mean, inverse, moved = (
+        per_channel(t, x.shape) for t in (scale, shift, mean, inverse, moved)
+    )
     reach = x.magnitude + mean.abs()
     terms = scale.abs() * reach + shift.abs()
     run.guard(per_image(terms), p.largest)
+    run.guard(per_image(reach * inverse), p.largest)
     first, second = (x.lower - mean) * scale + shift, (x.upper - mean) * scale + shift
     flushed = p.flush * (2 * scale.abs() + (1 + inverse) * reach + 4)
-    error = terms * (p.batch_norm() + p.own(12)) + flushed
+    # |1 / sqrt(1 - m) - 1| <= m up to m = 1/2
+    error = (terms + scale.abs() * reach * moved) * (p.batch_norm() + p.own(12))
+    error = error + scale.abs() * reach * moved * (1 + p.own(12)) + flushed
     return Rounded(torch.minimum(first, second), torch.maximum(first, second), error, terms)
