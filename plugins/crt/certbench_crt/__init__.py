@@ -28,7 +28,6 @@ def register_methods() -> list[MethodCard]:
             guarantee="statistical",
             settings=CRTSettings,
             recipes=files("certbench_crt") / "recipes",
-            published=files("certbench_crt") / "published",
             certifier=SEQUENTIAL,
             limits="No better than its teacher, whose training is a cost of its own; certificates hold with a "
             "probability.",

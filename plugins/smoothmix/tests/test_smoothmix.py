@@ -194,7 +194,7 @@ def test_a_vanishing_class_leaves_the_gradient_finite() -> None:
         ("method.attack_step=0", "method.attack_step = 0"),
         ("method.noises=0", "method.noises = 0"),
         ("method.mix_step=4", "mix_step = 4 asks for a point that an attack of 4"),
-        ("method.attack_radius=-1", "method.attack_radius = -1"),
+        ("method.attack_radius=-1", 'method.attack_radius = "-1"'),
         ("method.eta=5", "unknown key 'method.eta'"),
     ],
 )
