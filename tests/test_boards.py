@@ -37,6 +37,7 @@ from certbench.recipe import Strict, validate
 from certbench.results.migrations import STEPS
 from certbench.results.schema import TABLES
 from certbench.results.store import ResultStore
+from certbench.stats.smoothing import allowed_refutations
 
 
 @pytest.fixture(autouse=True)
@@ -563,3 +564,29 @@ def test_costs_and_times_do_not_move_ranks(tmp_path: Path) -> None:
     row = only(tmp_path).rows[0]
     assert row.standing == before and row.train_seconds == 10.0
     assert replace(row, cap=Fraction(1, 5)).budget != row.budget
+
+
+# Protocols -----------------------------------------------------------------------------------------------------------
+
+
+def test_certificates_by_another_certifier_than_the_recipes_have_a_board_of_their_own(tmp_path: Path) -> None:
+    asked = {"seed": 0, "threat": {"norm": "l2", "sigma": 0.5}, "certify": {"certifier": "smoothing"}}
+    smoothed(tmp_path, "a", [1000] * 4, recipe=json.dumps(asked, sort_keys=True, separators=(",", ":")))
+    store = ResultStore(tmp_path / "results")
+    table = store.read("certificates")
+    columns = {name: table.column(name).to_pylist() for name in table.column_names}
+    columns |= {"certifier": ["smoothing-label"] * 4, "n0": [0] * 4}
+    store.write_certificates("a" * 16, "smoothing-label", SETTINGS, columns)
+    assert sorted(board.protocol for board in boards(store)) == ["l2-fixed-1", "l2-fixed-1-label"]
+
+
+def test_another_failure_probability_is_another_budget(tmp_path: Path) -> None:
+    smoothed(tmp_path, "a", [1000] * 4)
+    row = boards(ResultStore(tmp_path / "results"))[0].rows[0]
+    assert row.sampling is not None
+    assert replace(row, sampling=replace(row.sampling, alpha=0.01)).budget != row.budget
+
+
+def test_refutations_are_allowed_for_by_all_images_not_by_the_certified_ones() -> None:
+    wanted = [stats.binom.ppf(0.999, images, 0.001) for images in (4, 400, 2000)]
+    assert [allowed_refutations(images, 0.001) for images in (4, 400, 2000)] == wanted

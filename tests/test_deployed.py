@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import product
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from certbench.bounds import (
     PRECISIONS,
+    SoundBox,
     certifiers,
     crown_ibp_margins,
     crown_margins,
@@ -20,6 +22,8 @@ from certbench.bounds import (
     trace,
 )
 from certbench.bounds.certifiers import find_certifier
+from certbench.bounds.sound import Deployment
+from certbench.bounds.sound.deployment import SOUND_RULES
 from certbench.contract import Certificates, Certifier, CertifyTask
 from certbench.data.dataset import Split
 from certbench.errors import RunError, UsageError
@@ -273,3 +277,34 @@ def test_kernels_are_plain_while_it_lasts_and_as_before_afterwards() -> None:
         assert torch.get_float32_matmul_precision() == "highest"
         assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     assert (torch.backends.cudnn.enabled, torch.get_float32_matmul_precision()) == before
+
+
+# Where numbers are near the ends of their range ----------------------------------------------------------------------
+
+
+def test_a_variance_near_the_smallest_numbers_is_covered_or_refused() -> None:
+    norm = nn.BatchNorm1d(1, eps=1e-6).eval()
+    norm.running_var = torch.full((1,), 2e-7)  # stored in fp16 with an error of 15 percent
+    network = nn.Sequential(nn.Flatten(), norm, nn.ReLU(), nn.Linear(1, 2)).requires_grad_(False)
+    image = torch.full((1, 1, 1, 1), 0.02, dtype=torch.float16)
+    graph = trace(copy.deepcopy(network).double(), (1, 1, 1))
+    run = Deployment(PRECISIONS["fp16"], image.double())
+    point = sound_input_box(image.double(), torch.zeros(1, dtype=torch.float64))
+    box = graph.bound(point, rules=run).features
+    computed = copy.deepcopy(network).half()[:3](image).double()
+    inside = bool(((box.lower <= computed) & (computed <= box.upper)).all())
+    assert inside or bool(run.unsafe.all())
+
+
+def test_what_overflows_on_the_way_to_a_small_result_is_marked() -> None:
+    x = torch.tensor([[1e38]])
+    assert torch.nn.functional.hardswish(x).isinf().all()
+    run = Deployment(PRECISIONS["float32"], x.double())
+    SOUND_RULES["aten.hardswish.default"](run, SoundBox(lower=x.double(), upper=x.double()))
+    assert run.unsafe.all()
+
+
+def test_celu_that_is_no_contraction_is_refused() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.CELU(-0.5), nn.Linear(1, 2))
+    with pytest.raises(UsageError, match="CELU with alpha -0.5 has no interval rule"):
+        trace(network, (1, 1, 1)).bound(input_box(torch.zeros(1, 1, 1, 1), 0.1))
