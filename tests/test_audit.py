@@ -1018,7 +1018,7 @@ def test_a_failed_run_outweighs_a_refuted_one(capsys: pytest.CaptureFixture[str]
     from certbench.cli import run as module
     from certbench.run import RunOutcome
 
-    refuted: Any = RunOutcome("a" * 16, None, tmp_path, tmp_path, 1.0, 1.0, refuted=3)  # type: ignore[arg-type]
+    refuted: Any = RunOutcome("a" * 16, None, tmp_path, tmp_path, 1.0, 1.0, refuted=3, void=True)  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("certbench.leaderboard.build.write", lambda folder: Built([], {}))
         with pytest.raises(FoundError, match="one: 3 refuted"):

@@ -402,10 +402,9 @@ def parse_recipe(
     content: Mapping[str, Any], name: str, overrides: Iterable[str] = (), where: str | None = None
 ) -> Recipe:
     """The recipe in an already parsed table; see :func:`load_recipe`."""
-    try:
-        table: dict[str, Any] = json.loads(json.dumps(content, default=str))
-    except RecursionError:
-        raise UsageError(_too_deep(where or name)) from None
+    if _is_too_deep(content):
+        raise UsageError(_too_deep(where or name))
+    table: dict[str, Any] = json.loads(json.dumps(content, default=str))
     changes = list(overrides)
     for change in changes:
         _apply_override(table, change)
@@ -413,6 +412,15 @@ def parse_recipe(
     if changes:
         table.pop("reference", None)  # and the published figures are not about it
     return validate({**table, "name": shown}, where or name)
+
+
+def _is_too_deep(content: Mapping[str, Any], most: int = 20) -> bool:
+    """Found without recursion, whose limits differ between versions of Python."""
+    level: list[Any] = [content]
+    for _ in range(most):
+        inner = (value for each in level for value in (each.values() if isinstance(each, Mapping) else each))
+        level = [value for value in inner if isinstance(value, Mapping | list)]
+    return bool(level)
 
 
 def _too_deep(where: str) -> str:
