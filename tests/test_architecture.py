@@ -30,9 +30,10 @@ ALLOWED = {
     "training": CONTRACT | {"settings", "bounds", "data", "models"},
     "leaderboard": CONTRACT | {"results", "stats"},
     "export": CONTRACT | {"models", "data", "results"},
-    "recorded": CONTRACT | {"run", "training", "bounds", "smoothing", "results", "audit"},
-    "recheck": CONTRACT | {"run", "training", "results"},
-    "run": CONTRACT | {"training", "audit", "bounds", "smoothing", "models", "data", "results", "stats"},
+    "stages": CONTRACT | {"audit", "bounds", "smoothing", "models", "data", "results", "stats"},
+    "run": CONTRACT | {"stages", "training", "audit", "bounds", "models", "data", "results"},
+    "recorded": CONTRACT | {"run", "stages", "training", "results", "audit"},
+    "recheck": CONTRACT | {"run", "stages", "training", "results"},
 }
 """Room -> rooms it may import. ``contract`` and ``hookspecs`` name types for annotations only; ``plugins`` joins what
 is registered to the core's own data sets and networks."""

@@ -262,6 +262,16 @@ def test_version_1_of_audits_says_what_the_attacks_did() -> None:
     assert found.column("attack_summary").to_pylist() == ["APGD-CE 20 steps; APGD-DLR 20 steps", None]
 
 
+def test_version_1_of_runs_knows_no_structure(tmp_path: Path) -> None:
+    from certbench.results.migrations import migrated
+
+    add(tmp_path, "a", wide(4, 2))
+    new = ResultStore(tmp_path / "results").read("runs")
+    found = migrated(new.drop_columns(["structure"]), TABLES["runs"], 1)
+    assert found.schema.equals(TABLES["runs"].schema)
+    assert set(found.column("structure").to_pylist()) == {None}
+
+
 def test_every_step_of_every_table_is_there() -> None:
     assert set(STEPS) == {(s.name, version) for s in TABLES.values() for version in range(1, s.version)}
 

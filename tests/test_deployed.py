@@ -32,7 +32,7 @@ from certbench.models.kernels import plain_kernels
 from certbench.models.registry import Normalize
 from certbench.models.residual import basic_block
 from certbench.recipe import parse_recipe
-from certbench.run import certify_settings, digest_settings
+from certbench.stages.certify import certify_settings, digest_settings
 
 NAMES = list(PRECISIONS)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from certbench import run
 from certbench.audit.certificates import Audit, AuditTask, audit
 from certbench.cli import main
 from certbench.errors import RunError, UsageError
@@ -64,7 +64,7 @@ def test_evaluations_are_certified_and_attacked_with_plain_kernels_alone(
         seen.append((torch.backends.cudnn.enabled, torch.get_float32_matmul_precision()))
         return audit(task)
 
-    monkeypatch.setattr(run, "audit", switches)
+    monkeypatch.setattr("certbench.stages.audit.audit", switches)
     before = torch.backends.cudnn.enabled
     found = certify_again(outcome.run_id, {"deploy": "tf32"}, out=out, device="cpu")
     assert seen == [(False, "highest")] and torch.backends.cudnn.enabled is before
@@ -88,3 +88,27 @@ def test_a_run_that_is_not_there_or_not_finished_is_refused(finished: tuple[Path
             load_run(outcome.run_id, out, device="cpu")
     finally:
         sidecar.with_suffix(".away").rename(sidecar)
+
+
+def test_the_structure_of_the_network_goes_into_the_row(finished: tuple[Path, RunOutcome]) -> None:
+    out, outcome = finished
+    row = ResultStore(out / "results").run(outcome.run_id)
+    assert row["structure"] == (outcome.folder / "structure.txt").read_text()
+    assert len(row["structure"]) == 16
+
+
+def test_a_submitted_run_is_not_taken_for_our_own(finished: tuple[Path, RunOutcome], tmp_path: Path) -> None:
+    out, outcome = finished
+    copied = tmp_path / "out"
+    shutil.copytree(out, copied)
+    submission = {
+        "run_id": outcome.run_id,
+        "submitter": "somebody",
+        "bundle_digest": "0" * 64,
+        "rechecked": 0,
+    }
+    ResultStore(copied / "results").write_submission(submission)
+    with pytest.raises(RunError, match="imported from 'somebody'; choose another --out"):
+        run_recipe(outcome.recipe, out=copied, device="cpu")
+    with pytest.raises(RunError, match="imported from 'somebody'"):
+        load_run(outcome.run_id, copied, device="cpu")

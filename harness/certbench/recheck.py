@@ -20,7 +20,8 @@ from certbench.errors import CertbenchError, RunError
 from certbench.plugins import Plugins, installed
 from certbench.recipe import validate
 from certbench.results.store import ResultStore
-from certbench.run import CertificateSet, Run, choose_device, digest_settings
+from certbench.run import Run, choose_device
+from certbench.stages.certify import CertificateSet, digest_settings
 from certbench.training.checkpoint import network_digest
 
 BLOCK = 250

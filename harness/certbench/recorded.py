@@ -17,16 +17,9 @@ from certbench.errors import RunError, UsageError, nearest
 from certbench.plugins import Plugins, installed
 from certbench.recipe import validate
 from certbench.results.store import ResultStore
-from certbench.run import (
-    NETWORK,
-    Run,
-    RunOutcome,
-    choose_attack,
-    choose_certifier,
-    choose_device,
-    digest_settings,
-    refutations,
-)
+from certbench.run import NETWORK, Run, RunOutcome, choose_device
+from certbench.stages.audit import choose_attack, refutations
+from certbench.stages.certify import choose_certifier, digest_settings
 from certbench.training.checkpoint import network_digest
 
 
@@ -76,6 +69,7 @@ def load_run(
     run = Run.prepare(
         recipe, out, data, choose_device(device), plugins, reporter or SilentReporter(), identity=identity
     )
+    run.refuse_submitted()
     if run.dataset.digest != row["dataset_digest"]:
         raise RunError(f"run {identity} was made on another version of {recipe.dataset}")
     if not (run.folder / NETWORK).is_file():

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import nn
 
-from certbench.audit.certificates import Audit, AuditTask, audit
-from certbench.audit.registry import DEFAULT, Attack, SmoothedAttack, find_attack, find_smoothed_attack
-from certbench.audit.statistical import SmoothedAuditTask, audit_smoothed
-from certbench.bounds.applicability import applicability
-from certbench.bounds.certifiers import find_certifier
+from certbench.audit.certificates import Audit
+from certbench.audit.registry import DEFAULT
+from certbench.bounds.applicability import Applicability, applicability
 from certbench.contract import (
     Certificates,
     Certifier,
@@ -33,20 +29,29 @@ from certbench.contract import (
     TeacherSettings,
     TrainTask,
 )
-from certbench.data.dataset import Dataset, Split, image_digests
+from certbench.data.dataset import Dataset, Split
 from certbench.data.files import load_dataset
 from certbench.errors import CertbenchError, RunError, UsageError
 from certbench.models import build_network
 from certbench.models.fold import deployed_network
-from certbench.models.kernels import plain_kernels
 from certbench.plugins import Owned, Plugins, installed
 from certbench.recipe import Recipe, run_id
 from certbench.results import provenance
 from certbench.results.files import write_atomically
 from certbench.results.store import ResultStore, audit_stage, certify_stage
 from certbench.seeding import derive_seed
-from certbench.smoothing import find_smoother
-from certbench.stats.smoothing import RADII, allowed_refutations
+from certbench.stages.audit import AnyAttack, Auditor, can_be_audited, choose_attack, refutations
+from certbench.stages.certify import (
+    CertificateSet,
+    ScratchFile,
+    certificate_columns,
+    certified_share,
+    certify_settings,
+    choose_certifier,
+    complete,
+    digest_settings,
+)
+from certbench.stages.timing import Timer
 from certbench.training.checkpoint import network_digest, save_network
 from certbench.training.teacher import (
     NetworkCard,
@@ -57,15 +62,7 @@ from certbench.training.teacher import (
     ready,
 )
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 T = TypeVar("T")
-CertificateSet = tuple[str, str, str]
-"""(run id, certifier, settings digest): what names certificates in the store."""
-
-AnyAttack = Attack | SmoothedAttack
-
 NETWORK = "network.safetensors"
 """The file of a run that holds the trained network alone."""
 
@@ -130,15 +127,6 @@ def run_recipe(
     chosen = choose_attack(attack, recipe) if attack is not None else None
     run = Run.prepare(recipe, Path(out), data, choose_device(device), plugins, reporter or SilentReporter())
     return run.execute(chosen)
-
-
-def choose_attack(name: str, recipe: Recipe) -> AnyAttack:
-    """What goes by that name against the recipe's kind of certificate.
-
-    Raises:
-        UsageError: nothing does.
-    """
-    return find_smoothed_attack(name) if recipe.threat.norm == "l2" else find_attack(name)
 
 
 def choose_device(name: str) -> torch.device:
@@ -206,6 +194,12 @@ class Run:
         )
 
     def execute(self, attack: AnyAttack | None) -> RunOutcome:
+        """Do what is not done yet of training, certifying and auditing.
+
+        Raises:
+            CertbenchError: anything that went wrong, in one line.
+        """
+        self.refuse_submitted()
         certified = self.is_certified
         if certified and self.is_audited(attack):
             self.reporter.say(f"{self.recipe.name}: run {self.id} is already recorded")
@@ -223,6 +217,18 @@ class Run:
             self.audit(network, attack)
         return self.outcome()
 
+    def refuse_submitted(self) -> None:
+        """Rows that somebody else submitted are not taken for this harness's own, nor mixed with them.
+
+        Raises:
+            RunError: the store holds this run as a submission.
+        """
+        if submitter := self.store.submitter(self.id):
+            raise RunError(
+                f"{self.recipe.name}: run {self.id} in {self.store.folder} was imported from {submitter!r}; choose "
+                "another --out to make it here"
+            )
+
     def record(self, certificates: list[Certificates]) -> None:
         """Write certificates, and beside the network in plain words what their settings digest stands for."""
         columns = certificate_columns(self.certified_split, certificates)
@@ -235,7 +241,7 @@ class Run:
     def train(self) -> nn.Module:
         """The trained network, with its row in ``runs`` and its weights in ``network.safetensors``."""
         teacher = self._ready_teacher()  # its training is not the student's, and has a timing of its own
-        timer = Timer(self, "train")
+        timer = self._timer("train")
         network = self.trained(teacher=teacher)
         if not self.store.has_run(self.id):
             timer.record()
@@ -282,7 +288,7 @@ class Run:
 
     def certify(self, network: nn.Module) -> list[Certificates]:
         """Certificates of the whole test set, in order, with the time they took."""
-        timer = Timer(self, certify_stage(self.certifier.name, digest_settings(self.certifier, self.recipe)))
+        timer = self._timer(certify_stage(*self._certificates[1:]))
         found = self.certificates(network)
         timer.record()
         return found
@@ -340,62 +346,17 @@ class Run:
         """
         of = of or self._certificates
         rows = self.store.certificates(*of).to_pandas()
-        right = rows["prediction"] == rows["label"]
-        statistical = isinstance(attack, SmoothedAttack)
-        if not (right & (rows["radius"] > 0) if statistical else right).any():
+        if not can_be_audited(attack, rows):
             self.reporter.say(f"{self.recipe.name}: nothing to audit: no correct image has a certificate")
             return
-        timer = Timer(self, audit_stage(*of[1:], attack.name, attack.settings_digest))
         deployed = deployed_network(network)
-        if isinstance(attack, SmoothedAttack):
-            found = audit_smoothed(self._smoothed_audit(deployed, attack, rows))
-        else:
-            with plain_kernels():  # the evaluations that a float-sound guarantee speaks of
-                found = audit(self._audit(deployed, attack, rows))
+        auditor = Auditor(self.recipe, self.dataset, deployed, self.device, self.reporter)
+        timer = self._timer(audit_stage(*of[1:], attack.name, attack.settings_digest))
+        found = auditor.audit(attack, rows)
         timer.record()
         words = {"attack_summary": attack.summary, "attack_limit": found.limit or None}
         self.store.write_audits(*of, attack.name, attack.settings_digest, {**found.columns, **words})
         self._report(found, attack)
-
-    def _audit(self, network: nn.Module, attack: Attack, rows: pd.DataFrame) -> AuditTask:
-        return AuditTask(
-            network=network,
-            split=self.dataset.test,
-            levels=self.dataset.info.levels,
-            index=rows["index"].to_numpy(),
-            prediction=rows["prediction"].fillna(-1).to_numpy(),
-            verdict=rows["verdict"].to_numpy(),
-            radius=rows["radius"].to_numpy(),
-            guarantee=rows["guarantee"].iloc[0],
-            deploy=rows["deploy"].iloc[0],
-            recipe_radius=self.recipe.radius,
-            attack=attack,
-            seed=self.recipe.seed,
-            device=self.device,
-            begin=lambda balls: self.reporter.stage(f"audit ({attack.name})", balls, "ball"),
-            progress=self.reporter.advance,
-        )
-
-    def _smoothed_audit(
-        self, network: nn.Module, attack: SmoothedAttack, rows: pd.DataFrame
-    ) -> SmoothedAuditTask:
-        return SmoothedAuditTask(
-            network=network,
-            split=self.dataset.test,
-            levels=self.dataset.info.levels,
-            index=rows["index"].to_numpy(),
-            radius=rows["radius"].where(rows["prediction"] == rows["label"], 0.0).to_numpy(),
-            sigma=rows["sigma"].iloc[0],
-            alpha=rows["alpha"].iloc[0],
-            one_sided=rows["certifier"].iloc[0] in RADII,
-            exact_noise=bool(rows["exact_noise"].iloc[0]),
-            deploy=rows["deploy"].iloc[0],
-            attack=attack,
-            seed=self.recipe.seed,
-            device=self.device,
-            begin=lambda images: self.reporter.stage(f"audit ({attack.name})", images, "image"),
-            progress=self.reporter.advance,
-        )
 
     def _report(self, found: Audit, attack: AnyAttack) -> None:
         counts = {outcome: found.count(outcome) for outcome in ("refuted", "refuted_in_float", "falsified")}
@@ -408,6 +369,9 @@ class Run:
     def _certificates(self) -> CertificateSet:
         """What names this run's certificates in the store."""
         return self.id, self.certifier.name, digest_settings(self.certifier, self.recipe)
+
+    def _timer(self, stage: str) -> Timer:
+        return Timer(self.store, self.id, stage, self.device)
 
     @property
     def is_certified(self) -> bool:
@@ -426,13 +390,20 @@ class Run:
         found: list[Certificates] = []
         for part in self.certifier.certify(task):
             found.append(part)
-            self.reporter.advance(sum(len(p.index) for p in found), certified=_share(found))
-        return _complete(found, task)
+            self.reporter.advance(sum(len(p.index) for p in found), certified=certified_share(found))
+        return complete(found, task)
 
     def build_network(self) -> nn.Module:
         seed = derive_seed(self.recipe.seed, "network")
         network = build_network(self.recipe.model, self.dataset.info, seed, self.plugins.models())
         return network.to(self.device)
+
+    @cached_property
+    def applicability(self) -> Applicability:
+        """What bounds apply to the recipe's network, and a hash of how it is built."""
+        with torch.device("meta"):
+            network = build_network(self.recipe.model, self.dataset.info, 0, self.plugins.models())
+        return applicability(network, self.dataset.info.shape)
 
     def check_network(self) -> None:
         """Refuse, before any training, what cannot be certified, or is not what this run was begun with.
@@ -441,9 +412,7 @@ class Run:
             UsageError: the recipe's certifier does not apply to its network.
             RunError: the libraries that build the network now build another one.
         """
-        with torch.device("meta"):
-            network = build_network(self.recipe.model, self.dataset.info, 0, self.plugins.models())
-        found = applicability(network, self.dataset.info.shape)
+        found = self.applicability
         if reason := found.refusal(self.certifier.name, self.recipe.certify.guarantee):
             raise UsageError(
                 f"{self.recipe.name}: certifier {self.certifier.name} does not apply to model {self.recipe.model}: {reason}"
@@ -493,6 +462,7 @@ class Run:
             "recipe_name": recipe.name,
             "recipe": recipe.canonical_json(),
             "checkpoint_digest": network_digest(network),
+            "structure": self.applicability.structure,
             "epochs": recipe.train.epochs,
             **provenance.versions(),
             "code_revision": provenance.code_revision(),
@@ -520,79 +490,6 @@ class Run:
         )
 
 
-@dataclass(frozen=True)
-class ScratchFile:
-    """Half-done work in a file of the run's folder; see :class:`certbench.contract.Scratch`."""
-
-    path: Path
-
-    def load(self) -> bytes | None:
-        return self.path.read_bytes() if self.path.is_file() else None
-
-    def save(self, content: bytes) -> None:
-        write_atomically(self.path, content)
-
-
-class Timer:
-    """Seconds and peak memory of a stage; a resumed stage adds a row for each session."""
-
-    def __init__(self, run: Run, stage: str) -> None:
-        self.run, self.stage = run, stage
-        self.started_at = provenance.now()
-        self.began = time.perf_counter()
-        if run.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(run.device)
-
-    def record(self) -> None:
-        on_gpu = self.run.device.type == "cuda"
-        cpu = f"cpu, {torch.get_num_threads()} threads"
-        self.run.store.write_timing(
-            {
-                "run_id": self.run.id,
-                "stage": self.stage,
-                "seconds": time.perf_counter() - self.began,
-                "device": torch.cuda.get_device_name(self.run.device) if on_gpu else cpu,
-                "peak_memory_bytes": torch.cuda.max_memory_allocated(self.run.device) if on_gpu else None,
-                "started_at": self.started_at,
-            }
-        )
-
-
-def refutations(store: ResultStore, of: CertificateSet) -> tuple[int | None, bool]:
-    """How many images have a refuted certificate, None where none was audited, and whether that voids them all."""
-    audits = store.audits(*of).to_pandas()
-    if audits.empty:
-        return None, False
-    refuted = audits.loc[audits["outcome"] == "refuted", "index"].nunique()
-    certificates = store.certificates(*of)
-    first = certificates.slice(0, 1).to_pylist()[0]
-    if first["guarantee"] != "statistical":
-        return refuted, refuted > 0
-    return refuted, refuted > allowed_refutations(certificates.num_rows, first["alpha"])
-
-
-def choose_certifier(recipe: Recipe, owned: Owned, plugins: Plugins) -> Certifier:
-    """The plugin's own certifier, under the method's name, unless the recipe names another than the card does.
-
-    Raises:
-        UsageError: no certifier of that name.
-    """
-    asked, method = recipe.certify, recipe.method.name
-    name = asked.certifier or owned.card.certifier
-    if name != owned.card.certifier or not plugins.has_certifier(method):
-        if recipe.threat.norm == "l2":
-            return find_smoother(name, recipe)
-        return find_certifier(name, asked.guarantee, asked.deploy)
-    settings = {
-        "certifier": method,
-        "numerics": owned.card.numerics,
-        "guarantee": asked.guarantee,
-        "deploy": asked.deploy,
-        "method": plugins.settings(recipe).model_dump(mode="json"),
-    }
-    return Certifier(method, owned.card.summary, plugins.certify, settings)
-
-
 def make_writable(folder: Path) -> None:
     """
     Raises:
@@ -609,54 +506,3 @@ def make_writable(folder: Path) -> None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_atomically(path, json.dumps(content, indent=1, sort_keys=True).encode())
-
-
-def digest_settings(certifier: Certifier, recipe: Recipe) -> str:
-    """Names what a certifier's rows depend on besides the network; see :func:`certify_settings`."""
-    content = certify_settings(certifier, recipe)
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def certify_settings(certifier: Certifier, recipe: Recipe) -> dict[str, Any]:
-    """The certifier's settings, its guarantee included, the radius and the cap."""
-    if recipe.threat.norm == "l2":
-        return {**certifier.settings, "sigma": recipe.sigma}
-    return {**certifier.settings, "radius": str(recipe.radius), "cap": str(recipe.cap)}
-
-
-def certificate_columns(split: Split, parts: list[Certificates]) -> dict[str, Any]:
-    """The columns of the certificates table for the images of ``split``."""
-
-    def joined(name: str) -> np.ndarray:
-        return np.concatenate([getattr(part, name) for part in parts])
-
-    return {
-        **{
-            name: joined(name)
-            for name in ("index", "prediction", "verdict", "radius", "margin", "proved_by", "passes")
-        },
-        **{name: np.concatenate([part.columns[name] for part in parts]) for name in parts[0].columns},
-        "image_digest": image_digests(split),
-        "label": split.labels.numpy(),
-        "guarantee": [part.guarantee for part in parts for _ in part.index],
-        "deploy": [part.deploy for part in parts for _ in part.index],
-    }
-
-
-def _complete(parts: list[Certificates], task: CertifyTask) -> list[Certificates]:
-    """
-    Raises:
-        RunError: the certifier did not give exactly one certificate per image, in order.
-    """
-    index = np.concatenate([part.index for part in parts]) if parts else np.array([])
-    wanted = task.start + task.stride * np.arange(len(task.split))
-    if not np.array_equal(index, wanted):
-        raise RunError(
-            f"{task.recipe.name}: certify gave {len(index)} certificates for images {wanted[0]} to {wanted[-1]}; "
-            f"it must give one for each{f' {task.stride}th' if task.stride > 1 else ''}, in order"
-        )
-    return parts
-
-
-def _share(parts: list[Certificates]) -> float:
-    return float(np.concatenate([part.verdict == "certified" for part in parts]).mean())

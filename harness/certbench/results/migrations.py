@@ -31,7 +31,12 @@ def _audits_say_how(table: pa.Table) -> pa.Table:
     return table.append_column(pa.field("attack_limit", pa.string()), pa.nulls(table.num_rows, pa.string()))
 
 
-STEPS: dict[tuple[str, int], Step] = {("audits", 1): _audits_say_how}
+def _runs_say_structure(table: pa.Table) -> pa.Table:
+    """Version 2 of runs: a hash of how the network is built, unknown of older ones."""
+    return table.append_column(pa.field("structure", pa.string()), pa.nulls(table.num_rows, pa.string()))
+
+
+STEPS: dict[tuple[str, int], Step] = {("audits", 1): _audits_say_how, ("runs", 1): _runs_say_structure}
 """(table, version) -> what makes the next version of it."""
 
 

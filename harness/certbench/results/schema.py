@@ -56,13 +56,16 @@ RUNS = TableSpec(
             _required("python_version", pa.string()),
             _required("certbench_version", pa.string()),
             pa.field("code_revision", pa.string()),
+            pa.field("structure", pa.string()),
         ]
     ),
     key=("run_id",),
     shard=("run_id",),
+    version=2,
 )
 """One row per trained network. ``radius`` and ``cap`` are reduced fractions such as ``8/255``; ``recipe`` is the
-canonical JSON of the resolved recipe, published figures included."""
+canonical JSON of the resolved recipe, published figures included. ``structure`` is a hash of what the network computes
+whatever its weights; null in rows made before it was recorded."""
 
 CERTIFICATES = TableSpec(
     name="certificates",

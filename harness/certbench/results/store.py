@@ -186,6 +186,14 @@ class ResultStore:
     def has_run(self, run_id: str) -> bool:
         return self._named(RUNS, run_id).is_file()
 
+    def submitter(self, run_id: str) -> str | None:
+        """Who submitted a run that was imported; None where this harness made it."""
+        path = self._named(SUBMISSIONS, run_id)
+        if not path.is_file():
+            return None
+        name: str = self._load(SUBMISSIONS, path).column("submitter")[0].as_py()
+        return name
+
     def has_certificates(self, run_id: str, certifier: str, settings_digest: str) -> bool:
         return self._named(CERTIFICATES, run_id, certifier, settings_digest).is_file()
 

@@ -209,6 +209,7 @@ def _details(row: Row, board: Board) -> list[tuple[str, list[tuple[str, str]]]]:
                 ("certifier", f"{row.certifier}, settings {row.settings_digest[:8]}"),
                 ("network", f"{row.model}, {run['parameters']:,} parameters"),
                 ("checkpoint", run["checkpoint_digest"][:16]),
+                ("structure", run["structure"] or ""),
                 ("data", run["dataset_digest"][:16]),
                 ("plugin", f"{run['plugin']} {run['plugin_version']}"),
                 ("code", run["code_revision"] or ""),
