@@ -13,7 +13,8 @@ from certbench.plugins import installed
 from certbench.recheck import recheck
 from certbench.results.bundle import export_runs
 from certbench.results.store import ResultStore
-from certbench.run import NETWORK, RunOutcome, run_recipe
+from certbench.run import RunOutcome, run_recipe
+from certbench.stages.train import NETWORK
 
 pytestmark = pytest.mark.skipif(
     "fast-ibp" not in installed().methods(), reason="certbench-fast-ibp is not installed"

@@ -10,11 +10,13 @@ import torch
 
 from certbench.audit.certificates import Audit, AuditTask, audit
 from certbench.cli import main
+from certbench.contract import SilentReporter
 from certbench.errors import RunError, UsageError
 from certbench.plugins import installed
 from certbench.recorded import certify_again, load_run
 from certbench.results.store import ResultStore
 from certbench.run import RunOutcome, run_recipe
+from certbench.stages.train import find_trained, training_id
 
 pytestmark = pytest.mark.skipif(
     "fast-ibp" not in installed().methods(), reason="certbench-fast-ibp is not installed"
@@ -112,3 +114,54 @@ def test_a_submitted_run_is_not_taken_for_our_own(finished: tuple[Path, RunOutco
         run_recipe(outcome.recipe, out=copied, device="cpu")
     with pytest.raises(RunError, match="imported from 'somebody'"):
         load_run(outcome.run_id, copied, device="cpu")
+
+
+OTHERWISE = ["train.epochs=1", "method.ramp_epochs=1", "certify.cap=0.1", "certify.guarantee=real_arith"]
+
+
+def test_runs_that_differ_in_certify_alone_share_one_training(
+    finished: tuple[Path, RunOutcome], tmp_path: Path
+) -> None:
+    out, first = finished
+    shared = tmp_path / "out"
+    shutil.copytree(out, shared)
+    said = Sayings()
+    second = run_recipe(
+        "fast-ibp/digits-linf-0.1", out=shared, device="cpu", overrides=OTHERWISE, attack=None, reporter=said
+    )
+    assert second.run_id != first.run_id
+    assert any(f"trained like run {first.run_id}; its network is taken" in line for line in said.lines)
+    store = ResultStore(shared / "results")
+    one, two = store.run(first.run_id), store.run(second.run_id)
+    assert one["checkpoint_digest"] == two["checkpoint_digest"]
+    timings = store.read("timings").to_pandas().query("stage == 'train'").set_index("run_id")
+    assert timings.loc[first.run_id].equals(timings.loc[second.run_id])  # what that network did cost
+    run_recipe(
+        "fast-ibp/digits-linf-0.1", out=tmp_path / "own", device="cpu", overrides=OTHERWISE, attack=None
+    )
+    alone = ResultStore(tmp_path / "own/results")
+    assert alone.run(second.run_id)["checkpoint_digest"] == two["checkpoint_digest"]
+    assert alone.certificates(*alone.certificate_sets(second.run_id)[0]).equals(
+        store.certificates(*store.certificate_sets(second.run_id)[0])
+    )
+
+
+@pytest.mark.parametrize("change", ["train.learning_rate=2e-3", "seed=1", "threat.radius=0.05"])
+def test_another_training_is_not_shared(
+    finished: tuple[Path, RunOutcome], tmp_path: Path, change: str
+) -> None:
+    out, first = finished
+    run = load_run(first.run_id, out, device="cpu").run
+    same = training_id(run.recipe.canonical(), run.dataset.digest, run.owned.card.numerics)
+    other = installed().find_recipe("fast-ibp/digits-linf-0.1", [*OTHERWISE[:2], change])
+    assert find_trained(run.store, out / "runs", "another", same) is not None
+    assert training_id(other.canonical(), run.dataset.digest, run.owned.card.numerics) != same
+    assert find_trained(run.store, tmp_path, "another", same) is None  # its checkpoints are gone
+
+
+class Sayings(SilentReporter):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)

@@ -146,7 +146,8 @@ class TrainTask:
 
     ``settings`` is the method's own validated model. ``build_network`` returns a fresh network on ``device``, its
     first weights a function of recipe and seed alone, with the data set's normalisation inside: it takes raw pixels
-    in [0, 1], shape (batch, channels, height, width). ``folder`` holds the run's checkpoints. With ``only_load`` the
+    in [0, 1], shape (batch, channels, height, width). ``folder`` holds the run's checkpoints. The recipe's ``[certify]``
+    may be a reason to refuse, and must not change the network: runs that differ in it alone share one training. With ``only_load`` the
     finished network is wanted and nothing may be trained. ``teacher`` is there where the settings are
     :class:`TeacherSettings`, unless ``only_load``.
     """

@@ -52,6 +52,17 @@ from certbench.stages.certify import (
     digest_settings,
 )
 from certbench.stages.timing import Timer
+from certbench.stages.train import (
+    CARD,
+    NETWORK,
+    STRUCTURE,
+    TEACHER,
+    Trained,
+    adopt,
+    copy_cost,
+    find_trained,
+    training_id,
+)
 from certbench.training.checkpoint import network_digest, save_network
 from certbench.training.teacher import (
     NetworkCard,
@@ -63,13 +74,6 @@ from certbench.training.teacher import (
 )
 
 T = TypeVar("T")
-NETWORK = "network.safetensors"
-"""The file of a run that holds the trained network alone."""
-
-CARD = "network.json"
-"""Beside it: what a student must know of it."""
-STRUCTURE = "structure.txt"
-"""The file of a run that names what was built, see :func:`certbench.bounds.applicability.structure_digest`."""
 
 
 @dataclass(frozen=True)
@@ -239,16 +243,34 @@ class Run:
             partial.unlink()
 
     def train(self) -> nn.Module:
-        """The trained network, with its row in ``runs`` and its weights in ``network.safetensors``."""
+        """The trained network, with its row in ``runs`` and its weights in ``network.safetensors``.
+
+        Where another run of the store differs in ``[certify]`` alone, its network is taken, and what that one cost.
+        """
         teacher = self._ready_teacher()  # its training is not the student's, and has a timing of its own
+        taken = self._take_trained()
         timer = self._timer("train")
         network = self.trained(teacher=teacher)
         if not self.store.has_run(self.id):
-            timer.record()
+            if taken is not None and taken.digest == network_digest(network):
+                copy_cost(self.store, taken, self.id)
+            else:
+                timer.record()
         self.store.write_run(self._run_row(network))  # refuses another network than the recorded one
         save_network(self.folder / NETWORK, network)
         write_json(self.folder / CARD, self.card.model_dump())
         return network
+
+    def _take_trained(self) -> Trained | None:
+        """The run whose checkpoints now are this one's too; None where this one has some, or there is no such run."""
+        if self.store.has_run(self.id) or any(self.folder.glob("epoch-*")):
+            return None
+        wanted = training_id(self.recipe.canonical(), self.dataset.digest, self.owned.card.numerics)
+        found = find_trained(self.store, self.folder.parent, self.id, wanted)
+        if found is not None:
+            self.reporter.say(f"{self.recipe.name}: trained like run {found.run_id}; its network is taken")
+            adopt(found, self.folder)
+        return found
 
     @property
     def card(self) -> NetworkCard:
@@ -268,7 +290,7 @@ class Run:
             "digest": teacher.digest,
             "card": self.teacher.card.model_dump(),
         }
-        write_json(self.folder / "teacher.json", known)
+        write_json(self.folder / TEACHER, known)
         return teacher
 
     def trained(self, only_load: bool = False, teacher: Teacher | None = None) -> nn.Module:
