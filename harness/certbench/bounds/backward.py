@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.grad import conv1d_input, conv2d_input
 
 from certbench.bounds.box import Box
 from certbench.bounds.interval import scale_and_shift
@@ -118,16 +119,13 @@ def convolution(
     groups: int = 1,
 ) -> Terms:
     n = weight.ndim - 2
-    stride, padding, dilation = (as_list(value, n) for value in (stride, padding, dilation))
-    rest = [x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1 for i in range(n)]
-    missed = [rest[i] % stride[i] for i in range(n)]  # entries at the end that no window reaches
-    transposed = torch.conv_transpose1d if n == 1 else torch.conv_transpose2d
+    geometry = [as_list(value, n) for value in (stride, padding, dilation)]
+    # The gradient of a convolution: for float64 on the CPU two to three times as fast as conv_transpose, to the same bits.
+    pull = conv1d_input if n == 1 else conv2d_input
     # PyTorch unfolds its whole input for float64 on the CPU: in parts, what is unfolded is no larger than the coefficients
     rows = a.flatten(0, 1)
     parts = torch.split(rows, -(-len(rows) // math.prod(weight.shape[2:])))
-    pulled = torch.cat(
-        [transposed(part, weight, None, stride, padding, missed, groups, dilation) for part in parts]
-    )
+    pulled = torch.cat([pull((len(part), *x.shape[1:]), weight, part, *geometry, groups) for part in parts])
     return Terms([(x, pulled.view(*a.shape[:2], *pulled.shape[1:]))], _channel_constant(a, bias))
 
 

@@ -24,7 +24,7 @@ from certbench_abstraction.layer import Abstraction
 from certbench_abstraction.network import Stem, split
 from certbench_abstraction.zonotope import tighten
 
-PART = 4
+PART = 8
 """Images whose zonotopes are alive at once."""
 
 

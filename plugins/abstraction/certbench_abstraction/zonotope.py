@@ -4,7 +4,7 @@ A value is ``c + G e + d`` with ``|e_i| <= 1``, one e for each straddling pixel 
 act on all parts; a ReLU that may be on or off is enclosed between two parallel lines (Singh et al. 2018, DeepZ). Half their
 distance becomes a variable of its own while there are few, and then joins r, which is carried on as an interval. An
 image with s variables costs s + 2 passes, where linear bounds backward cost two for each neuron that interval bounds leave
-open.
+open. These s passes are most of the cost, so G is float32; what its rounding may amount to joins r, which is float64, as c is.
 
 The boxes found this way replace interval bounds in the core's linear bounds, which do the rest.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -27,42 +28,63 @@ VARIABLES = 512
 SPREAD = 1e-6
 """Inputs that vary less (table rounding, for instance) are no variables."""
 
+FLUSHED = 2.0**-126
+"""What a product, a weight or a sum loses at most where float32 goes below its normal numbers."""
+
+
+def gamma(operations: int) -> float:
+    """By how much, as a share of the terms' absolute sum, that many roundings to float32 may move a sum; rounded up."""
+    unit = operations * 2.0**-24
+    return unit / (1 - unit) * (1 + 1e-9)
+
 
 @dataclass(frozen=True)
 class Zonotope:
-    """c and r: (batch, ...); G: (batch, variables, ...)."""
+    """c and r: float64, (batch, ...); G: float32, (batch, variables, ...)."""
 
     c: Tensor
     G: Tensor
     r: Tensor
 
+    @cached_property
+    def spread(self) -> Tensor:
+        """The sum of ``|G|`` over the variables, float64, (batch, ...), and what adding them up in float32 may lose."""
+        variables = self.G.shape[1]
+        found = torch.linalg.vector_norm(self.G, ord=1, dim=1).double()
+        return (1 + gamma(variables)) * found + variables * FLUSHED
+
     @property
     def box(self) -> Box:
-        return Box(center=self.c, radius=self.G.abs().sum(1) + self.r)
+        return Box(center=self.c, radius=self.spread + self.r)
 
     def affine(self, layer: nn.Conv2d | nn.Linear) -> Zonotope:
+        """A product of n terms in float32, its weights rounded to it, is off by ``gamma(n + 1) |W| |G|`` at most."""
+
         def apply(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             if isinstance(layer, nn.Linear):
                 return F.linear(h, weight, bias)
             return F.conv2d(h, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
 
-        G = apply(self.G.flatten(0, 1), layer.weight, None)
-        return Zonotope(
-            apply(self.c, layer.weight, layer.bias),
-            G.unflatten(0, self.G.shape[:2]),
-            apply(self.r, layer.weight.abs(), None),
-        )
+        W, terms = layer.weight, layer.weight[0].numel()
+        G = apply(self.G.flatten(0, 1), W.float(), None).unflatten(0, self.G.shape[:2])
+        r = apply(self.r + gamma(terms + 1) * self.spread, W.abs(), None)
+        largest = 1 + W.abs().amax() + self.spread.flatten(1).amax(1)
+        flushed = terms * self.G.shape[1] * FLUSHED * largest.view(-1, *[1] * (r.ndim - 1))
+        return Zonotope(apply(self.c, W, layer.bias), G, r + flushed)
 
     def relu(self) -> Zonotope:
         box = self.box
         open_ = (box.lower < 0) & (box.upper > 0)
         slope = torch.where(open_, box.upper / (box.upper - box.lower), (box.lower >= 0).to(self.c.dtype))
         half = torch.where(open_, -slope * box.lower / 2, 0.0)
-        G, r = slope.unsqueeze(1) * self.G, slope * self.r
+        G = slope.float().unsqueeze(1) * self.G
+        # The slope is rounded to float32, and so is its product; both are exact for 0, and but for what flushes for 1.
+        flushed = torch.where(slope > 0, self.G.shape[1] * 2 * FLUSHED * (1 + self.spread), 0.0)
+        r = slope * self.r + torch.where(open_, gamma(2) * slope * self.spread, 0.0) + flushed
         if self.G.shape[1] + int(open_.flatten(1).sum(1).max()) > VARIABLES:
             return Zonotope(slope * self.c + half, G, r + half)
         own = over_box(Box(center=half, radius=half), open_)
-        return Zonotope(slope * self.c + half, torch.cat([G, own.G], 1), r)
+        return Zonotope(slope * self.c + half, torch.cat([G, own.G], 1), r + own.r)
 
     def flatten(self) -> Zonotope:
         return Zonotope(self.c.flatten(1), self.G.flatten(2), self.r.flatten(1))
@@ -76,9 +98,10 @@ def over_box(box: Box, variable: Tensor) -> Zonotope:
     chosen, radius = variable.flatten(1), box.radius.flatten(1)
     most = max(1, int(chosen.sum(1).max()))
     place = chosen.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :most]
-    G = radius.new_zeros(len(radius), most, radius.shape[1])
-    G.scatter_(2, place.unsqueeze(2), (radius * chosen).gather(1, place).unsqueeze(2))
-    rest = torch.where(chosen, 0.0, radius)
+    G = torch.zeros(len(radius), most, radius.shape[1], device=radius.device)
+    held = radius.float()
+    G.scatter_(2, place.unsqueeze(2), (held * chosen).gather(1, place).unsqueeze(2))
+    rest = torch.where(chosen, (radius - held.double()).abs(), radius)  # the difference is exact
     shape = box.shape
     return Zonotope(box.center, G.view(*G.shape[:2], *shape[1:]), rest.view(shape))
 

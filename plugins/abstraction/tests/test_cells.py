@@ -20,7 +20,7 @@ from certbench_abstraction.cells import Cells, on_grid, pixels_of, radius_until_
 from certbench_abstraction.complete import branch, enumerate_cells
 from certbench_abstraction.layer import Abstraction
 from certbench_abstraction.network import build_classifier
-from certbench_abstraction.zonotope import over_box, relu_boxes
+from certbench_abstraction.zonotope import Zonotope, over_box, relu_boxes
 
 Arrays = dict[str, Tensor]
 Load = Callable[[str], Arrays]
@@ -275,6 +275,31 @@ def test_enumeration_is_complete_and_counts_its_passes() -> None:
             assert float(result.margin[image]) == pytest.approx(float(margins.min()))
         else:
             assert int(result.evaluated[image]) <= len(points)
+
+
+def exact_radius(z: Zonotope, weight: Tensor) -> Tensor:
+    """The radius after a linear layer, in float64."""
+    return (z.G.double() @ weight.T).abs().sum(1) + z.r @ weight.abs().T
+
+
+def test_what_float32_rounds_off_is_covered_and_the_term_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = nn.Linear(300, 50).double().requires_grad_(False)
+    radius = torch.rand(4, 300).double()
+    box = Box(center=torch.zeros_like(radius), radius=radius)
+    z = over_box(box, torch.rand(4, 300) < 0.7)
+    assert (z.spread + z.r >= radius).all()
+    found, exact = z.affine(layer).box.radius, exact_radius(z, layer.weight)
+    assert (found >= exact).all()
+    assert (found <= exact * (1 + 1e-4)).all()
+    opened = z.affine(layer)
+    slope = torch.rand(4, 50).double()
+    center = slope * opened.box.radius  # every ReLU is open, each by another share
+    after = replace(opened, c=center).relu()
+    upper = center + opened.box.radius
+    assert (after.box.upper >= upper).all()
+    assert (after.box.lower <= 0).all()
+    monkeypatch.setattr("certbench_abstraction.zonotope.gamma", lambda operations: 0.0)
+    assert not (z.affine(layer).box.radius >= exact).all()
 
 
 def test_zonotopes_hold_every_value_and_name_what_they_cannot_pass(monkeypatch: pytest.MonkeyPatch) -> None:
