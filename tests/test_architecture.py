@@ -31,7 +31,7 @@ ALLOWED = {
     "leaderboard": CONTRACT | {"results", "stats"},
     "export": CONTRACT | {"models", "data", "results"},
     "recorded": CONTRACT | {"run", "training", "bounds", "smoothing", "results", "audit"},
-    "recheck": CONTRACT | {"run", "training", "results"},
+    "recheck": CONTRACT | {"run", "training", "data", "results", "stats"},
     "run": CONTRACT | {"training", "audit", "bounds", "smoothing", "models", "data", "results", "stats"},
 }
 """Room -> rooms it may import. ``contract`` and ``hookspecs`` name types for annotations only; ``plugins`` joins what
