@@ -25,6 +25,7 @@ from scipy import special
 
 from certbench.results.files import encode
 from certbench.results.schema import AUDITS, CERTIFICATES, RUNS, TIMINGS, TableSpec
+from certbench.seeding import noise_key
 
 SETTINGS = "feedc0de" * 2
 ALPHA, N = 0.001, 100_000
@@ -67,6 +68,8 @@ def make_store(folder: Path, runs: int, images: int = 10_000, audited: bool = Fa
         strength = quality - difficulty + 0.3 * generator.normal(size=images)
         make = smoothed if place[1] == "l2" else bounded
         columns = make(strength, labels, place)
+        if place[1] == "l2":
+            columns["generator_key"] = noise_key(f"{number:016x}", "cpu")
         put(
             folder,
             CERTIFICATES,
@@ -129,7 +132,6 @@ def smoothed(strength: np.ndarray, labels: np.ndarray, place: tuple[Any, ...]) -
         "k": k,
         "draws": np.full(len(labels), N + 100),
         "stop_reason": "budget",
-        "generator_key": "00" * 8,
         "exact_noise": False,
     }
 

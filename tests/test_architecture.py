@@ -33,7 +33,7 @@ ALLOWED = {
     "stages": CONTRACT | {"audit", "bounds", "smoothing", "models", "data", "results", "stats"},
     "run": CONTRACT | {"stages", "training", "audit", "bounds", "models", "data", "results"},
     "recorded": CONTRACT | {"run", "stages", "training", "results", "audit"},
-    "recheck": CONTRACT | {"run", "stages", "training", "results"},
+    "recheck": CONTRACT | {"run", "stages", "training", "data", "results", "stats"},
 }
 """Room -> rooms it may import. ``contract`` and ``hookspecs`` name types for annotations only; ``plugins`` joins what
 is registered to the core's own data sets and networks."""

@@ -15,7 +15,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 from scipy import special, stats
 from stores import REFERENCE, SETTINGS, C, M, U, add, refute, smoothed, time
@@ -28,7 +27,6 @@ from certbench.leaderboard import records, tables
 from certbench.leaderboard.board import Board, boards
 from certbench.leaderboard.comparison import reproduction
 from certbench.leaderboard.escape import latex
-from certbench.leaderboard.fronts import dominated
 from certbench.leaderboard.page.recipes import commands, recipe_toml
 from certbench.leaderboard.published import Notes, PublishedFile, read_notes, read_published
 from certbench.leaderboard.row import flatten
@@ -188,6 +186,21 @@ def test_a_statistical_row_is_void_beyond_what_chance_allows(
     (row,) = board.voided if void else board.rows
     assert row.void is void and row.attacked is not None
     assert row.attacked.mean == pytest.approx(row.clean.mean - 100 * refuted / 300)
+
+
+@pytest.mark.parametrize(("attacks", "void"), [(1, True), (2, False)])
+def test_every_attack_on_a_statistical_row_may_err_by_itself(
+    tmp_path: Path, attacks: int, void: bool
+) -> None:
+    """Of 44 images one may be refuted where one attack may be wrong, and two where two may."""
+    assert [allowed_refutations(44, 0.001, audits) for audits in (1, 2)] == [1, 2]
+    smoothed(tmp_path, "a", [1000] * 44)
+    for attack in ("standard", "strong")[:attacks]:
+        refute(tmp_path, "a", [0, 1], certifier="smoothing", attack=attack)
+    board = only(tmp_path)
+    (row,) = board.voided if void else board.rows
+    assert row.audit is not None and row.audit.refuted == 2
+    assert "all tests of one attack together" in tables.markdown(board)
 
 
 def test_certificates_that_mix_noise_levels_are_not_recorded(
@@ -539,16 +552,7 @@ def test_a_missing_folder_and_an_unreadable_file_are_one_line(tmp_path: Path) ->
         only(tmp_path)
 
 
-# Fronts ----------------------------------------------------------------------------------------------------------------
-
-
-def test_dominated_by_hand_and_by_force() -> None:
-    assert dominated([(1, 1), (2, 2), (2, 1), (0, 3)]) == [True, False, True, False]
-    assert dominated([(1, 1), (1, 1)]) == [False, False]
-    assert dominated([]) == []
-    points = [tuple(p) for p in np.random.default_rng(0).integers(0, 6, (60, 2)).tolist()]
-    for (x, y), beaten in zip(points, dominated(points), strict=True):
-        assert beaten == any(a >= x and b >= y and (a, b) != (x, y) for a, b in points)
+# Submitters ------------------------------------------------------------------------------------------------------------
 
 
 def test_rows_of_a_submitter_stand_apart_and_say_so(tmp_path: Path) -> None:

@@ -24,6 +24,19 @@ def test_front_and_hypervolume_are_the_oracles(oracle_folder: Path) -> None:
 
 
 @given(clouds)
+def test_a_point_stands_where_no_other_is_better_in_one_and_as_good_in_both(points: np.ndarray) -> None:
+    pairs = [tuple(point) for point in points.tolist()]
+    for (x, y), stands in zip(pairs, nondominated(points), strict=True):
+        assert stands == (not any(a >= x and b >= y and (a, b) != (x, y) for a, b in pairs))
+
+
+def test_fronts_by_hand() -> None:
+    assert nondominated(np.array([(1, 1), (2, 2), (2, 1), (0, 3)])).tolist() == [False, True, False, True]
+    assert nondominated(np.array([(1, 1), (1, 1)])).tolist() == [True, True]
+    assert nondominated(np.empty((0, 2))).tolist() == []
+
+
+@given(clouds)
 def test_hypervolume_counts_the_cells_of_a_grid(points: np.ndarray) -> None:
     middles = (np.arange(8) + 0.5) / 8
     covered = [any(p[0] >= a and p[1] >= r for p in points) for a in middles for r in middles]

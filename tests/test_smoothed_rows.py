@@ -15,9 +15,11 @@ from certbench.audit.statistical import SmoothedAuditTask, audit_smoothed
 from certbench.data.dataset import Split
 from certbench.errors import RunError, UsageError
 from certbench.results.smoothed import smoothed_problems
+from certbench.seeding import noise_device, noise_key
 from certbench.stats.smoothing import anytime_radius, fixed_radius, two_sided_radius
 
 SIGMA, ALPHA = 0.5, 0.001
+RUN_ID = "0123456789abcdef"
 
 # Rows and their counts ---------------------------------------------------------------------------------------------
 
@@ -42,13 +44,13 @@ def shard(certifier: str, /, **changes: Any) -> pa.Table:
         "radius": radius,
         "proved_by": [f"clopper-pearson; rival {c} of 10" for c in (20, 100, 600)],
         "stop_reason": ["fixed"] * 3,
-        "generator_key": ["key"] * 3,
+        "generator_key": [noise_key(RUN_ID, "cpu")] * 3,
         "exact_noise": [False] * 3,
     }
     return pa.table(columns | changes)
 
 
-RUN = {"norm": "l2", "sigma": SIGMA, "protocol": "l2-another-1"}
+RUN = {"run_id": RUN_ID, "norm": "l2", "sigma": SIGMA, "protocol": "l2-another-1"}
 CERTIFIERS = ["smoothing", "smoothing-sequential", "smoothing-two-sided"]
 
 
@@ -74,6 +76,8 @@ def test_a_radius_a_little_too_large_is_reported(certifier: str) -> None:
         ({"draws": [1000, 1100, 1500]}, "image 0 counts more draws"),
         ({"sigma": [SIGMA, SIGMA, 1.0]}, "image 40 has another sigma"),
         ({"alpha": [ALPHA, ALPHA, 0.01]}, "image 40 has an alpha of its own"),
+        ({"generator_key": [noise_key("f" * 16, "cpu")] * 3}, "counts draws of the noise 'philox4x64-10:"),
+        ({"generator_key": ["torch-cuda-philox4x32-10:"] * 3}, "counts draws of the noise 'torch-cuda"),
     ],
 )
 def test_rows_that_do_not_follow_are_reported(changes: dict[str, Any], problem: str) -> None:
@@ -81,9 +85,31 @@ def test_rows_that_do_not_follow_are_reported(changes: dict[str, Any], problem: 
     assert found.startswith(problem)
 
 
-def test_certificates_of_plugins_certifiers_are_left_to_them() -> None:
-    table = shard("smoothing", certifier=["of-a-plugin"] * 3, k=pa.nulls(3, pa.int64()))
-    assert list(smoothed_problems(table, RUN)) == []
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_noise_of_the_run_is_known_on_every_kind_of_device(device: str) -> None:
+    key = noise_key(RUN_ID, device)
+    assert noise_device(key, RUN_ID) == device and noise_device(key, "f" * 16) is None
+    assert list(smoothed_problems(shard("smoothing", generator_key=[key] * 3), RUN)) == []
+
+
+def test_images_between_those_of_the_protocol_are_reported() -> None:
+    every = RUN | {"protocol": "l2-fixed-1-every-20"}
+    assert list(smoothed_problems(shard("smoothing"), every)) == []
+    (problem,) = smoothed_problems(shard("smoothing", index=[0, 20, 41]), every)
+    assert problem.startswith("image 41 is not among every 20th")
+
+
+def test_radii_of_plugins_certifiers_are_left_to_them_but_not_without_counts() -> None:
+    theirs: dict[str, Any] = {"certifier": ["of-a-plugin"] * 3, "generator_key": pa.nulls(3, pa.string())}
+    assert list(smoothed_problems(shard("smoothing", **theirs, radius=[2.0, 1.0, 0.5]), RUN)) == []
+    for name in ("k", "n", "alpha", "sigma"):
+        kind = pa.float64() if name in ("alpha", "sigma") else pa.int64()
+        (problem,) = smoothed_problems(shard("smoothing", **theirs, **{name: pa.nulls(3, kind)}), RUN)
+        assert problem.startswith(f"lacks {name}, and a statistical certificate is judged by its draws")
+    failed = {"k": pa.array([1, None, 1]), "radius": pa.array([0.0, None, 0.0])}
+    assert list(smoothed_problems(shard("smoothing", **theirs, **failed), RUN)) == []
+    (problem,) = smoothed_problems(shard("smoothing", **theirs, alpha=[ALPHA, 0.4, ALPHA]), RUN)
+    assert problem == "image 20 has an alpha of its own"
 
 
 def test_a_guarantee_that_does_not_fit_its_protocol_is_reported() -> None:

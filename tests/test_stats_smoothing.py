@@ -16,6 +16,7 @@ from certbench.smoothing import stopping
 from certbench.smoothing.stopping import OPEN, Sequential, Standing
 from certbench.stats.evalue import anytime_lower_bound, log_e_above, log_e_below, threshold
 from certbench.stats.smoothing import (
+    VOID_LEVEL,
     allowed_refutations,
     anytime_radius,
     average_radius,
@@ -143,6 +144,40 @@ def test_levels_over_a_test_set() -> None:
     assert allowed_refutations(500, 0.001) == 4
     assert stats.binom.sf(allowed_refutations(10_000, 0.001), 10_000, 0.001) <= 0.001
     assert allowed_refutations(0, 0.001) == 0
+
+
+def exceeded(allowed: int, images: int, alpha: float, tests: int, level: float) -> float:
+    """The probability that wrong certificates and false alarms of ``tests`` tests are more than ``allowed``, exactly,
+    where the wrong ones are as many as they may be."""
+    if allowed >= images:
+        return 0.0  # an image is refuted once
+    wrong = np.arange(images + 1)
+    return float(stats.binom.pmf(wrong, images, alpha) @ stats.binom.sf(allowed - wrong, tests, level))
+
+
+@pytest.mark.parametrize("alpha", [0.0003, 0.001, 0.01, 0.1])
+def test_a_sound_row_is_void_with_probability_0001_the_audits_errors_included(alpha: float) -> None:
+    binding = 0
+    for images in (1, 2, 5, 45, 100, 190, 360, 500, 1000, 2000):
+        for audits in (1, 2, 5):
+            allowed = allowed_refutations(images, alpha, audits)
+            for tested in (1, 2, 20, 200):  # each audit has two tests of every certificate that it tries
+                tests = 2 * tested * audits
+                assert exceeded(allowed, images, alpha, tests, alpha / (2 * tested)) <= VOID_LEVEL
+                alone = int(stats.binom.ppf(1 - VOID_LEVEL, images, alpha))
+                binding += exceeded(alone, images, alpha, tests, alpha / (2 * tested)) > VOID_LEVEL
+    assert binding, "somewhere a rule that leaves the audit's own errors out voids too often"
+
+
+def test_the_rule_holds_in_a_simulation_whatever_number_is_certified() -> None:
+    """The level of a test is alpha over the number of tests, which depends on the certificates themselves."""
+    generator = np.random.default_rng(5)
+    images, alpha, rows = 45, 0.02, 200_000
+    wrong = generator.binomial(images, alpha, rows)
+    certified = np.maximum(np.maximum(wrong, 1), generator.integers(0, images, rows))
+    falsely = generator.binomial(2 * certified, alpha / (2 * certified))
+    share = np.mean(wrong + falsely > allowed_refutations(images, alpha))
+    assert share <= VOID_LEVEL + 3 * np.sqrt(VOID_LEVEL / rows)
 
 
 # Coverage ----------------------------------------------------------------------------------------------------------

@@ -359,6 +359,12 @@ def protocol_of(norm: str, certifier: str, subset: str = "all") -> str:
     return rules if subset == "all" else f"{rules}-{subset}"
 
 
+def stride_of(protocol: str) -> int:
+    """20 for a protocol about every 20th image, 1 for one about all."""
+    found = re.search(r"-every-([1-9][0-9]{0,5})$", protocol)
+    return int(found.group(1)) if found else 1
+
+
 def run_id(recipe: Recipe, data_digest: str, method_numerics: int) -> str:
     """Sixteen hexadecimal digits that name a run.
 

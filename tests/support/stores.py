@@ -11,6 +11,7 @@ from typing import Any
 
 from certbench.recipe import CORE_NUMERICS, identify
 from certbench.results.store import ResultStore
+from certbench.seeding import noise_key
 from certbench.stats.binomial import lower_bound
 from certbench.threat import round_down
 
@@ -193,7 +194,7 @@ def smoothed(
             "k": hits,
             "draws": [n + 100] * len(hits),
             "stop_reason": "fixed",
-            "generator_key": "philox/0123456789abcdef",
+            "generator_key": noise_key(run * 16, "cpu"),
             "exact_noise": False,
         },
     )

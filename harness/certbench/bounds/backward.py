@@ -121,7 +121,7 @@ def convolution(
     n = weight.ndim - 2
     geometry = [as_list(value, n) for value in (stride, padding, dilation)]
     # The gradient of a convolution: for float64 on the CPU two to three times as fast as conv_transpose, to the same bits.
-    pull = conv1d_input if n == 1 else conv2d_input
+    pull: Callable[..., Tensor] = conv1d_input if n == 1 else conv2d_input
     # PyTorch unfolds its whole input for float64 on the CPU: in parts, what is unfolded is no larger than the coefficients
     rows = a.flatten(0, 1)
     parts = torch.split(rows, -(-len(rows) // math.prod(weight.shape[2:])))

@@ -219,6 +219,8 @@ def _recheck(
     found = recheck(unpacked.store, checkpoint, sample, data=data, device=device, out=folder)
     if found.differences:
         raise Refused("the bundle", [f"run {found.run_id}: {line}" for line in found.differences])
+    for line in found.comparisons:
+        _printable(f"{found.run_id}: compared {line}")
     return {found.run_id: found.made}
 
 

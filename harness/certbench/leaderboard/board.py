@@ -7,15 +7,18 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
+
+import numpy as np
 
 from certbench.errors import DataError
 from certbench.leaderboard.comparison import beside
 from certbench.leaderboard.gather import Entry, gather
 from certbench.leaderboard.published import Notes
 from certbench.leaderboard.ranking import ranked
-from certbench.leaderboard.row import Row, order, rows_of
-from certbench.recipe import protocol_of
+from certbench.leaderboard.row import Row, Standing, order, rows_of
+from certbench.recipe import protocol_of, stride_of
 from certbench.results.rules import parse_fraction
 from certbench.results.store import ResultStore
 from certbench.threat import format_radius
@@ -29,7 +32,8 @@ class Board:
     """Rows that may be compared: complete ones first, each group by certified accuracy, then clean, then names.
 
     ``voided`` rows have a refuted certificate: they stand below the table and take no part in any ranking. A board of
-    smoothed classifiers has ``radii`` at which their certified accuracy is given, and is ordered by ACR.
+    norm l2, where every image has a radius of its own, has ``radii`` at which the certified accuracy is given, and is
+    ordered by ACR, whatever guarantee its rows have.
     """
 
     name: str
@@ -47,21 +51,36 @@ class Board:
 
     @property
     def smoothed(self) -> bool:
-        return bool(self.radii)
+        return self.norm == "l2"
+
+    @cached_property
+    def ranked(self) -> int:
+        """How many rows have a rank."""
+        return sum(self.standing(row) is not None for row in self.rows)
 
     def best(self, column: str) -> set[int]:
-        """Places of the rows with the best ``clean``, ``certified`` or ``acr`` mean among the complete ones."""
-        figures = {place: getattr(row, column) for place, row in enumerate(self.rows) if row.complete}
-        values = {place: figure.mean for place, figure in figures.items() if figure is not None}
-        return {place for place, value in values.items() if value == max(values.values())}
+        """Places of the complete rows with the best ``clean``, ``certified`` or ``acr`` mean; by ACR those of each budget,
+        since others are not compared."""
+        groups: dict[tuple[object, ...], dict[int, float]] = defaultdict(dict)
+        for place, row in enumerate(self.rows):
+            figure = getattr(row, column)
+            if row.complete and figure is not None:
+                groups[row.budget if column == "acr" else ()][place] = figure.mean
+        found: set[int] = set()
+        for values in groups.values():
+            most = max(values.values())
+            found |= {place for place, value in values.items() if value == most}
+        return found
 
     def tied(self) -> set[int]:
-        """Places of the rows that no other is significantly better than."""
-        return {
-            place for place, row in enumerate(self.rows) if (rank := self.standing(row)) and rank.first == 1
-        }
+        """Places of the rows that share the first rank among those they were compared with."""
+        groups: dict[tuple[object, ...], set[int]] = defaultdict(set)
+        for place, row in enumerate(self.rows):
+            if (standing := self.standing(row)) and standing.first == 1:
+                groups[row.budget if self.smoothed else ()].add(place)
+        return {place for places in groups.values() if len(places) > 1 for place in places}
 
-    def standing(self, row: Row) -> Any:
+    def standing(self, row: Row) -> Standing | None:
         """The row's range of ranks by what the board is ordered by; None for an incomplete or voided row."""
         return row.acr_standing if self.smoothed else row.standing
 
@@ -86,7 +105,7 @@ def boards(store: ResultStore, notes: Notes | None = None) -> list[Board]:
             _one_data_digest(members)
             name = _name(setting, protocol, protocols)
             size = sizes[members[0].run["dataset_digest"]]
-            expected = len(range(0, size, _stride(protocol)))
+            expected = len(range(0, size, stride_of(protocol)))
             found.append(_board(name, setting, protocol, members, expected, notes))
     _distinct_names(found)
     return sorted(found, key=lambda board: _natural(board.name))
@@ -101,7 +120,7 @@ def _board(
     notes: Notes,
 ) -> Board:
     dataset, norm, size = setting
-    radii = _radii(members)
+    radii = _radii(norm, members)
     published = {
         f"{float(figure.at):g}"
         for _, figure in notes.figures()
@@ -117,11 +136,11 @@ def _board(
     return Board(name, protocol, dataset, norm, size, rows_that_stand, voided, radii)
 
 
-def _radii(members: Sequence[Entry]) -> tuple[str, ...]:
-    """The columns of a board of smoothed classifiers: 0, and all radii that any of them reaches."""
-    if not any(entry.metrics.guarantee == "statistical" for entry in members):
+def _radii(norm: str, members: Sequence[Entry]) -> tuple[str, ...]:
+    """The columns of a board of norm l2: 0, and all radii that any row reaches."""
+    if norm != "l2":
         return ()
-    largest = max(float(entry.metrics.each.radius.max(initial=0.0)) for entry in members)
+    largest = max(float(np.nanmax(entry.metrics.each.radius, initial=0.0)) for entry in members)
     return tuple(radius for radius in RADII if float(radius) <= largest or radius == "0")
 
 
@@ -141,14 +160,8 @@ def _protocol(entry: Entry) -> str:
     asked = (json.loads(entry.run["recipe"]).get("certify") or {}).get("certifier", certifier)
     if entry.run["norm"] != "l2" or certifier == asked:
         return protocol
-    stride = _stride(protocol)
+    stride = stride_of(protocol)
     return protocol_of("l2", certifier, "all" if stride == 1 else f"every-{stride}")
-
-
-def _stride(protocol: str) -> int:
-    """20 for a protocol about every 20th image, 1 for one about all."""
-    found = re.search(r"-every-([1-9][0-9]{0,5})$", protocol)
-    return int(found.group(1)) if found else 1
 
 
 def _size(run: Mapping[str, Any]) -> str:

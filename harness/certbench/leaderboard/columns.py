@@ -28,7 +28,7 @@ def columns(board: Board) -> list[Column]:
     """The columns of a board, those of smoothed classifiers with the certified accuracy at radii."""
     names = [
         Column("method", lambda row: row.method, lambda _: "published", kind="text"),
-        Column("recipe", recipe, lambda published: published.source, kind="text"),
+        Column("recipe", recipe, lambda published: published.label, kind="text"),
         Column("model", lambda row: row.model, kind="text"),
         Column("certifier", lambda row: row.certifier, kind="text"),
         Column("guarantee", guarantee, kind="text"),
@@ -38,7 +38,7 @@ def columns(board: Board) -> list[Column]:
     names += [
         Column("seeds", lambda row: str(len(row.seeds))),
         Column("images", images),
-        Column("rank", lambda row: rank(board.standing(row))),
+        Column("rank", lambda row: rank(board.standing(row), board.ranked)),
     ]
     return [*names, *(_smoothed(board) if board.smoothed else _bounded()), *_COST, *_differences(board)]
 
@@ -139,11 +139,15 @@ def images(row: Row) -> str:
     return str(row.images) if row.complete else f"{row.images} of {row.expected}"
 
 
-def rank(standing: Standing | None) -> str:
-    """``1``, or ``1–3`` where the comparisons leave it open."""
+def rank(standing: Standing | None, among: int) -> str:
+    """``1``, or ``1–3`` where the comparisons leave it open; ``1 of 3`` where it was compared with fewer than the
+    ``among`` rows that are ranked, ``alone`` where with none."""
     if standing is None:
         return ""
-    return str(standing.first) if standing.first == standing.last else f"{standing.first}–{standing.last}"
+    if standing.alone:
+        return "alone"
+    shown = str(standing.first) if standing.first == standing.last else f"{standing.first}–{standing.last}"
+    return shown if standing.of == among else f"{shown} of {standing.of}"
 
 
 def audit(row: Row) -> str:

@@ -6,8 +6,8 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 from certbench.errors import DataError
 from certbench.leaderboard.figures import Figure, decimal
@@ -18,7 +18,8 @@ WITHIN = 2.0
 """Standard deviations within which a published figure counts as reproduced."""
 
 Scale = Literal["published", "seeds", "images"]
-State = Literal["reproduced", "off", "not run"]
+State = Literal["reproduced", "off", "not run", "beside"]
+STATES: tuple[State, ...] = get_args(State)
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,19 @@ class Compared:
 @dataclass(frozen=True)
 class Published:
     """Published figures for a row's setting from one source, by metric: ``clean``, ``certified``, ``acr``, or the
-    radius of a certified accuracy. A metric that was not measured has no comparison, only the figure."""
+    radius of a certified accuracy. A metric that was not measured has no comparison, only the figure.
+
+    ``because`` says why the row they stand under is no reproduction, see :func:`hindrance`."""
 
     source: str
     figures: Mapping[str, Figure]
     compared: Mapping[str, Compared]
     notes: tuple[str, ...] = ()
+    because: str = ""
+
+    @property
+    def label(self) -> str:
+        return _labelled(self.source, self.because)
 
     def difference(self, metric: str) -> float | None:
         return self.compared[metric].difference if metric in self.compared else None
@@ -56,19 +64,34 @@ class Published:
 
 @dataclass(frozen=True)
 class Cell:
-    """One line of the reproduction table: a published figure, and the row that speaks of it, if any was run."""
+    """One line of the reproduction table: a published figure, and the row that speaks of it, if any was run.
+
+    ``because`` says why a row may stand ``beside`` the figure but reproduces nothing, see :func:`hindrance`."""
 
     source: str
     figure: PublishedFigure
     value: Figure
     row: Row | None
     compared: Compared | None
+    because: str = ""
 
     @property
     def state(self) -> State:
         if self.compared is None:
             return "not run"
+        if self.because:
+            return "beside"
         return "reproduced" if self.compared.reproduced else "off"
+
+    @property
+    def label(self) -> str:
+        """The figure's source, and why its row is no reproduction, if so."""
+        logs = " (logs)" if self.figure.basis == "log" else ""
+        return _labelled(f"{self.source}, {self.figure.table}{logs}", self.because)
+
+
+def _labelled(source: str, because: str) -> str:
+    return f"{source} (beside, no reproduction: {because})" if because else source
 
 
 def beside(row: Row, size: str, notes: Notes) -> tuple[Published, ...]:
@@ -83,36 +106,79 @@ def beside(row: Row, size: str, notes: Notes) -> tuple[Published, ...]:
         figures = {metric: figure.mean for metric, figure in reference.figures.items()}
         if not any(figures.items() <= other.items() for other in known):
             found.append(reference)
-    return tuple(found)
+    because = hindrance(row)
+    return tuple(replace(each, because=because) for each in found)
 
 
 def speaks_of(figure: PublishedFigure, row: Row, size: str) -> bool:
-    """Whether a published figure is about a row's setting. A row with overrides is nobody's reproduction."""
+    """Whether a published figure is about a row's setting: of a row with overrides (an ablation) only one that names its
+    recipe with exactly these."""
     run = row.run
     return (
         (figure.method, figure.model, figure.dataset) == (row.method, row.model, run["dataset"])
         and (figure.norm, figure.size) == (run["norm"], size)
-        and figure.recipe in (None, row.recipe)
         and (figure.epochs is None or (figure.epochs,) == row.epochs)
-        and " +" not in row.recipe
+        and _names(figure.recipe, row.recipe)
     )
 
 
+def _names(recipe: str | None, of_row: str) -> bool:
+    """Whether a figure's recipe is that of a row; one that names none speaks of every recipe without overrides."""
+    base, changes = _overrides(of_row)
+    return not changes if recipe is None else _overrides(recipe) == (base, changes)
+
+
+def _overrides(recipe: str) -> tuple[str, dict[str, str]]:
+    """A recipe's name without its overrides, and these by key: their order says nothing, and the last of a key counts."""
+    base, *changes = recipe.split(" +")
+    return base, dict(change.partition("=")[::2] for change in changes)
+
+
+def hindrance(row: Row) -> str:
+    """Why a row reproduces nothing, even where a published figure is about its setting; empty where it may.
+
+    Only what this harness made itself, by the certifier, guarantee and draws that the row's own recipe asks for, counts:
+    certificates of somebody else, or made again by other means, are shown beside.
+    """
+    if row.submitter is not None:
+        return f"submitted by {row.submitter}"
+    asked = json.loads(row.run["recipe"]).get("certify") or {}
+    certifier = asked.get("certifier") or row.certifier
+    if row.certifier not in (certifier, row.method):  # a plugin's own certifier has its method's name
+        return f"certified by {row.certifier}, where its recipe asks for {certifier}"
+    for name, found in (("guarantee", row.guarantee), ("deploy", row.deploy)):
+        if (asked.get(name) or found) != found:
+            return f"its {name} is {found}, where its recipe asks for {asked[name]}"
+    return _other_draws(row, asked.get("smoothing") or {})
+
+
+def _other_draws(row: Row, asked: Mapping[str, Any]) -> str:
+    if row.sampling is None or not asked:
+        return ""
+    n, alpha = asked.get("n", row.sampling.n[-1]), asked.get("failure_probability", row.sampling.alpha)
+    fixed = row.run["protocol"].startswith("l2-fixed-")
+    if row.sampling.alpha != alpha or row.sampling.n[-1] > n or (fixed and row.sampling.n != (n,)):
+        return f"drawn otherwise than its recipe asks, n = {n} at alpha = {alpha:g}"
+    return ""
+
+
 def reproduction(rows: Sequence[tuple[str, Row]], notes: Notes) -> list[Cell]:
-    """Every published cell, with the complete rows that speak of it; ``rows`` are those that stand, with their size."""
+    """Every published cell, with the complete rows that speak of it; ``rows`` are those that stand, with their size.
+
+    A cell that no row of our own reproduces is ``not run``, whatever stands beside it.
+    """
     cells = []
     for source, figure in notes.figures():
         metric, value = measure_of(figure)
         found = [
-            (row, compared)
+            Cell(source, figure, value, row, compared, hindrance(row))
             for size, row in rows
             if row.complete and speaks_of(figure, row, size)
             if (compared := compare(metric, value, row)) is not None
         ]
-        if found:
-            cells += [Cell(source, figure, value, row, compared) for row, compared in found]
-        else:
-            cells.append(Cell(source, figure, value, None, None))
+        own = [cell for cell in found if not cell.because]
+        cells += own or [Cell(source, figure, value, None, None)]
+        cells += [cell for cell in found if cell.because]
     return cells
 
 

@@ -19,6 +19,7 @@ GUARANTEES = {
     "statistical": "holds with probability 1 - alpha over the certifier's sampling, for each image on its own",
 }
 DERIVED = "Derived by `certbench leaderboard build` from the rows in `results/`; do not edit."
+_BUDGET = "; by ACR only rows of one alpha and one rule by which draws end are compared"
 VOIDED = "Attacks refuted more proofs of these rows than their guarantee allows, so no figure of theirs counts and they are not ranked."
 
 
@@ -79,10 +80,15 @@ def _meaning(board: Board) -> Iterable[str]:
 
 
 def _ranks(board: Board) -> Iterable[str]:
-    standing = [row for row in board.rows if board.standing(row)]
-    if len(standing) < 2:
+    standings = [(row, found) for row in board.rows if (found := board.standing(row))]
+    if any(standing.alone for _, standing in standings):
+        yield f"rank alone: no other row of this board may be compared with it{_BUDGET if board.smoothed else ''}."
+    compared = [row for row, standing in standings if not standing.alone]
+    if not compared:
         return
-    several = any(len(row.seeds) > 1 for row in standing)
+    if any(1 < standing.of < board.ranked for _, standing in standings):
+        yield f"rank k of m: compared with m - 1 others{_BUDGET}."
+    several = any(len(row.seeds) > 1 for row in compared)
     by = "ACR" if board.smoothed else "certified accuracy"
     test = (
         "the paired bootstrap over images nested in seeds"
@@ -114,7 +120,7 @@ def _audits(rows: Sequence[Row]) -> Iterable[str]:
     if any(row.guarantee == "statistical" for row in rows):
         yield (
             "A statistical row is voided when more certificates are refuted than sound ones are with probability "
-            f"{VOID_LEVEL:g}, each erring with probability alpha."
+            f"{VOID_LEVEL:g}, each image erring with probability alpha, and all tests of one attack together as well."
         )
     if any(row.audit is None for row in rows):
         yield "not audited: no attack on this row's certificates is recorded; see `certbench audit`."
@@ -144,6 +150,11 @@ def _counts(board: Board) -> Iterable[str]:
         )
     if any(row.published for row in rows):
         yield "Δ: measured minus published, in percentage points, and in published standard deviations (sd) where there are any."
+    if any(published.because for row in rows for published in row.published):
+        yield (
+            "beside, no reproduction: only rows of this harness, made by the certifier, guarantee and draws that their "
+            "recipe asks for, count as reproductions."
+        )
     for note in sorted({note for row in rows for published in row.published for note in published.notes}):
         yield f"Published under another protocol: {note}"
 

@@ -181,7 +181,8 @@ class AuditCounts:
     ``claimed`` have a proved radius, ``tried`` of them were attacked at it. ``missing`` are correct but were not
     attacked at the recipe's radius; ``broken`` are correct and have a witness there. ``falsified`` of the broken were
     unknown to the certifier. ``refuted`` voids a proof; what only floating point flips is counted and voids nothing.
-    ``allowed`` refutations void nothing either: statistical certificates may each err with probability alpha.
+    ``allowed`` refutations void nothing either: statistical certificates may each err with probability alpha, and so may
+    each audit of them.
     """
 
     attacks: tuple[tuple[str, str, str], ...]
@@ -232,7 +233,7 @@ def count_audits(certificates: pa.Table, audits: pa.Table) -> AuditCounts | None
         missing=int((correct & ~images(at_radius)).sum()),
         broken=int((correct & (witnessed | verdict("falsified"))).sum()),
         falsified=int((witnessed & verdict("unknown")).sum()),
-        allowed=_allowed(certificates),
+        allowed=_allowed(certificates, audits),
     )
 
 
@@ -243,12 +244,13 @@ def _attacks(audits: pa.Table) -> tuple[tuple[str, str, str], ...]:
     return tuple(sorted((row[names[0]], row[names[1]], row[names[2]] or "") for row in found))
 
 
-def _allowed(certificates: pa.Table) -> int:
+def _allowed(certificates: pa.Table, audits: pa.Table) -> int:
     """Of all images, not of the certified ones alone: alpha bounds the chance to be certified *and* wrong."""
-    if certificates.column("guarantee")[0].as_py() != "statistical":
-        return 0
     alpha = _one(certificates, "alpha")
-    return allowed_refutations(certificates.num_rows, alpha) if alpha else 0
+    if certificates.column("guarantee")[0].as_py() != "statistical" or not alpha:
+        return 0
+    names = ["attack", "attack_settings_digest"]
+    return allowed_refutations(certificates.num_rows, alpha, audits.group_by(names).aggregate([]).num_rows)
 
 
 def attacked_accuracy(metrics: Metrics, audit: AuditCounts | None) -> Fraction | None:

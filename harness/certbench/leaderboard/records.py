@@ -59,8 +59,9 @@ def _measured(board: Board, row: Row) -> dict[str, Any]:
         "run_ids": " ".join(row.run_ids),
         "images": row.images,
         "expected_images": row.expected,
-        "rank_first": standing.first if standing else None,
-        "rank_last": standing.last if standing else None,
+        "rank_first": standing.first if standing and not standing.alone else None,
+        "rank_last": standing.last if standing and not standing.alone else None,
+        "rank_of": standing.of if standing else None,
         **_figures(board, {"clean": row.clean, "certified": row.certified, "acr": row.acr, **row.at}),
         **_interval("clean_accuracy", row.clean),
         **_interval("certified_accuracy", row.certified),
@@ -92,7 +93,7 @@ def _published(board: Board, row: Row, published: Published) -> dict[str, Any]:
         **dict.fromkeys(_measured(board, row)),
         **_common(board, row, "published"),
         **_figures(board, published.figures),
-        "source": published.source,
+        "source": published.label,
         **{f"{metric}_difference": published.difference(metric) for metric in ("clean", "certified", "acr")},
     }
 
@@ -148,6 +149,7 @@ def _cell(cell: Cell) -> dict[str, Any]:
         "deviations_of": found.scale if found else None,
         "recipe": cell.row.recipe if cell.row else None,
         "run_ids": " ".join(cell.row.run_ids) if cell.row else None,
+        "because": cell.because or None,
     }
 
 

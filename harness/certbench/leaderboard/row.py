@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -52,11 +53,16 @@ class Audited:
 
 @dataclass(frozen=True)
 class Standing:
-    """The range of ranks that the comparisons of a board leave a row, among ``of`` rows it was compared with."""
+    """The range of ranks that the comparisons of a board leave a row, among ``of`` rows that were compared, itself one."""
 
     first: int
     last: int
     of: int
+
+    @property
+    def alone(self) -> bool:
+        """Whether it was compared with none, so that its rank says nothing."""
+        return self.of == 1
 
 
 @dataclass(frozen=True)
@@ -118,11 +124,11 @@ class Row:
     def acr_of_cap(self) -> float | None:
         return self.acr.mean / float(self.cap) if self.acr and self.cap else None
 
-    @property
+    @cached_property
     def budget(self) -> tuple[object, ...]:
         """Rows of one budget may be compared by their ACR: one cap; for smoothing one rule by which draws end, one alpha."""
         if self.sampling is None:
-            return (self.cap,)
+            return self.cap, self.guarantee == "statistical"
         asked = (json.loads(self.run["recipe"]).get("certify") or {}).get("smoothing") or {}
         rule = tuple(str(asked.get(key)) for key in ("n", "goal", "radii", "tolerance"))
         return self.cap, self.sampling.alpha, rule if asked else self.sampling.n
@@ -149,9 +155,7 @@ def rows_of(members: Iterable[Entry], expected: int, radii: Collection[str]) -> 
 def _identity(entry: Entry) -> tuple[str, ...]:
     run, metrics = entry.run, entry.metrics
     return (
-        run["method"],
-        run["recipe_name"],
-        run["model"],
+        *(_spelled(run[name]) for name in ("method", "recipe_name", "model")),
         metrics.certifier,
         metrics.settings_digest,
         metrics.guarantee,
@@ -161,11 +165,19 @@ def _identity(entry: Entry) -> tuple[str, ...]:
     )
 
 
+def _spelled(name: str) -> str:
+    """A name as far as it tells rows apart: a seed must not count twice because a name is spelled in another way."""
+    return " ".join(name.split()).casefold()
+
+
 def _content(run: Mapping[str, Any]) -> dict[str, Any]:
-    """What two seeds of one row have in common: the recipe, flat, without seed, name and published figures."""
-    recipe = json.loads(run["recipe"])
-    flat = flatten({key: value for key, value in recipe.items() if key not in {"seed", "name", "reference"}})
-    return {**flat, "numerics": run["numerics"]}
+    """What two seeds of one row have in common: the recipe, flat, without seed, names and published figures."""
+    flat = flatten(json.loads(run["recipe"]))
+    names = ("seed", "name", "reference", "method.name", "model")
+    kept = {
+        key: value for key, value in flat.items() if key not in names and not key.startswith("reference.")
+    }
+    return {**kept, "numerics": run["numerics"]}
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -226,7 +238,6 @@ def _row(members: Sequence[Entry], variant: str, expected: int, radii: Collectio
         at={
             radius: share([entry.metrics.certified_at(float(radius)) for entry in group], images)
             for radius in radii
-            if metrics.guarantee == "statistical"
         },
         curve=_curve(group),
         sampling=_sampling(group),
@@ -325,10 +336,10 @@ def _mean_seconds(found: Sequence[Cost | None]) -> float | None:
 
 
 def order(row: Row) -> tuple[Any, ...]:
-    """Complete rows first, then by certified accuracy (of a smoothed classifier: by ACR), clean accuracy and names."""
+    """Complete rows first, then by certified accuracy (of norm l2: by ACR), clean accuracy and names."""
     names = (row.method, row.recipe, row.variant, row.model, row.certifier, row.settings_digest)
-    smoothed = row.guarantee == "statistical"
-    first = (row.acr.mean if row.acr else -math.inf) if smoothed else row.certified.mean
+    by_radius = row.run["norm"] == "l2"
+    first = (row.acr.mean if row.acr else -math.inf) if by_radius else row.certified.mean
     return (
         not row.complete,
         -first,

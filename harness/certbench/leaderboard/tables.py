@@ -13,7 +13,7 @@ from certbench.leaderboard import columns as c
 from certbench.leaderboard import escape
 from certbench.leaderboard.board import Board
 from certbench.leaderboard.columns import Column, cells, columns, lines
-from certbench.leaderboard.comparison import Cell
+from certbench.leaderboard.comparison import STATES, Cell
 from certbench.leaderboard.foot import DERIVED, VOIDED, foot, voided
 from certbench.leaderboard.published import PublishedFigure
 from certbench.leaderboard.row import Row
@@ -84,7 +84,7 @@ def reproduction(found: Sequence[Cell]) -> str:
     """A Markdown page that says of every published figure what became of it."""
     table = [[escape.markdown(text) for text in reproduction_line(cell)] for cell in found]
     align = ["left"] * 5 + ["right"] * 4 + ["left"]
-    counts = ", ".join(f"{_count(found, state)} {state}" for state in ("reproduced", "off", "not run"))
+    counts = ", ".join(f"{count} {state}" for state, count in states(found).items())
     return f"{MARKER}\n\n# Reproduction\n\n{counts}.\n\n{_pipe(REPRODUCTION, table, align)}\n\n{_READING}\n\n{DERIVED}\n"
 
 
@@ -103,12 +103,15 @@ REPRODUCTION = (
 _READING = (
     "reproduced: within two standard deviations of the published figure; off: farther away, in either direction. The "
     "standard deviation is the published one; where none is published, that of our seeds, or else that of drawing so "
-    "many test images. Errors are shown as accuracies."
+    "many test images. Errors are shown as accuracies. Only rows of this harness count, made by the certifier, guarantee and "
+    "draws that their recipe asks for; others stand beside, with the reason."
 )
 
 
-def _count(found: Sequence[Cell], state: str) -> int:
-    return sum(cell.state == state for cell in found)
+def states(found: Sequence[Cell]) -> dict[str, int]:
+    """How many cells are in each state; ``beside`` only where there are any."""
+    counts = {state: sum(cell.state == state for cell in found) for state in STATES}
+    return {state: count for state, count in counts.items() if count or state != "beside"}
 
 
 def reproduction_line(cell: Cell) -> list[str]:
@@ -126,7 +129,7 @@ def reproduction_line(cell: Cell) -> list[str]:
         c.figure(found.measured, digits) if found else "",
         f"{found.difference:+.{digits}f}" if found else "",
         f"{found.deviations:+.1f}{of}" if found else "",
-        f"{cell.source}, {published.table}" + (" (logs)" if published.basis == "log" else ""),
+        cell.label,
     ]
 
 

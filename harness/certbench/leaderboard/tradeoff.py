@@ -6,7 +6,7 @@ tolerance are equal. Never ranked by ACR alone: a classifier that always names t
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -194,7 +194,12 @@ def tradeoffs(boards: Iterable[Board], store: ResultStore) -> list[Tradeoff]:
         if max(methods.count(method) for method in methods) > 1:
             _, dataset, norm, *_ = key
             terms = _terms(str(dataset), str(norm), rows[0], store)
-            found.append(tradeoff(terms, (one for row in rows for one in _measured(row, store))))
+            measured = (
+                one
+                for row, name in zip(rows, _names(rows), strict=True)
+                for one in _measured(row, name, store)
+            )
+            found.append(tradeoff(terms, measured))
     return found
 
 
@@ -223,8 +228,21 @@ def _terms(dataset: str, norm: str, row: Row, store: ResultStore) -> Terms:
     )
 
 
-def _measured(row: Row, store: ResultStore) -> Iterator[Measured]:
-    setting = f"{row.recipe} ({row.variant})" if row.variant else row.recipe
+def _names(rows: Sequence[Row]) -> list[str]:
+    """What each row is called among its method's: the recipe, and what else tells it from another row of that name."""
+    names = [f"{row.recipe} ({row.variant})" if row.variant else row.recipe for row in rows]
+    names = [
+        f"{name}, submitted by {row.submitter}" if row.submitter else name
+        for row, name in zip(rows, names, strict=True)
+    ]
+    known = Counter(zip((row.method for row in rows), names, strict=True))
+    return [
+        name if known[row.method, name] == 1 else f"{name}, settings {row.settings_digest[:8]}"
+        for row, name in zip(rows, names, strict=True)
+    ]
+
+
+def _measured(row: Row, setting: str, store: ResultStore) -> Iterator[Measured]:
     for run_id, seed in zip(row.run_ids, row.seeds, strict=True):
         table = store.certificates(run_id, row.certifier, row.settings_digest)
         label, prediction = (table.column(name).to_numpy() for name in ("label", "prediction"))

@@ -8,40 +8,77 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from certbench.recipe import PROTOCOLS
+from certbench.recipe import PROTOCOLS, stride_of
+from certbench.results.rules import distinct
+from certbench.seeding import noise_device
 from certbench.stats.smoothing import GUARD, PROOFS, two_sided_radius
 
-_COUNTS = ("sigma", "alpha", "n0", "n", "k", "draws", "stop_reason", "generator_key", "exact_noise")
+_COUNTS = ("sigma", "alpha", "n", "k")
+"""What every statistical row says, whoever made it: nobody can judge a certificate that names no draws."""
+_OF_THE_CORE = (*_COUNTS, "n0", "draws", "stop_reason", "generator_key", "exact_noise")
 _RIVAL = re.compile(r"rival (\d{1,18}) of (\d{1,9})$")
 
 
 def smoothed_problems(shard: pa.Table, run: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with the certificates of one run by one of the core's smoothed certifiers; else nothing."""
+    """What is wrong with the statistical certificates of one run by one certifier; else nothing.
+
+    Those of a plugin's certifier need counts; those of the core's must follow from theirs as well.
+    """
     certifier, guarantee = (shard.column(name)[0].as_py() for name in ("certifier", "guarantee"))
+    of_the_core = certifier in PROTOCOLS and certifier != "linf"
     if guarantee == "statistical" and run["norm"] == "linf":
         yield "is statistical, which no L-inf protocol knows"
-    if certifier not in PROTOCOLS or certifier == "linf":
-        if run["protocol"].startswith(("l2-fixed-", "l2-sequential-")):
-            yield f"is of protocol {run['protocol']}, but {certifier!r} is none of its certifiers"
         return
-    if guarantee != "statistical":
+    if not of_the_core and run["protocol"].startswith(("l2-fixed-", "l2-sequential-")):
+        yield f"is of protocol {run['protocol']}, but {certifier!r} is none of its certifiers"
+    if of_the_core and guarantee != "statistical":
         yield f"is by {certifier}, whose guarantee is statistical and not {guarantee}"
-    missing = [name for name in _COUNTS if shard.column(name).null_count]
+    if not of_the_core:
+        if guarantee != "statistical":
+            return
+        shard = shard.filter(pc.is_valid(shard.column("radius")))  # what failed may lack counts
+    missing = [name for name in (_OF_THE_CORE if of_the_core else _COUNTS) if shard.column(name).null_count]
     if missing:
-        yield f"lacks {', '.join(missing)}"
-        return
-    names = ("index", "sigma", "alpha", "n0", "n", "k", "draws", "radius", "proved_by")
+        yield f"lacks {', '.join(missing)}, and a statistical certificate is judged by its draws"
+    elif shard.num_rows:
+        yield from _count_problems(shard, run)
+        if of_the_core:
+            yield from _core_problems(shard, run, certifier)
+
+
+def _count_problems(shard: pa.Table, run: Mapping[str, Any]) -> Iterator[str]:
+    names = ("index", "sigma", "alpha")
     rows = {name: shard.column(name).to_numpy() for name in names}
+    stride = stride_of(run["protocol"])
+    counted = pc.add(shard.column("n"), shard.column("n0").fill_null(0))
+    too_many = pc.fill_null(pc.greater(counted, shard.column("draws")), False)
     broken = {
+        f"is not among every {stride}th, which its protocol names": rows["index"] % stride != 0,
         f"has another sigma than its run's {run['sigma']}": rows["sigma"] != run["sigma"],
         "has an alpha of its own": rows["alpha"] != rows["alpha"][0],
-        "counts more draws than were made": rows["n"] + rows["n0"] > rows["draws"],
-        "has a radius that its counts do not prove": (rows["radius"] > 0) & ~_proved(certifier, rows),
+        "counts more draws than were made": too_many.to_numpy(),
     }
+    yield from _first_of_each(rows["index"], broken)
+
+
+def _core_problems(shard: pa.Table, run: Mapping[str, Any], certifier: str) -> Iterator[str]:
+    names = ("index", "sigma", "alpha", "n", "k", "radius", "proved_by")
+    rows = {name: shard.column(name).to_numpy() for name in names}
+    foreign = [
+        key for key in distinct(shard.column("generator_key")) if noise_device(key, run["run_id"]) is None
+    ]
+    if foreign:
+        yield f"counts draws of the noise {foreign[0][:60]!r}, which is not that of its run"
+    unproved = (rows["radius"] > 0) & ~_proved(certifier, rows)
+    yield from _first_of_each(rows["index"], {"has a radius that its counts do not prove": unproved})
+
+
+def _first_of_each(index: np.ndarray, broken: Mapping[str, np.ndarray]) -> Iterator[str]:
     for problem, mask in broken.items():
         if mask.any():
-            yield f"image {rows['index'][mask][0]} {problem}"
+            yield f"image {index[mask][0]} {problem}"
 
 
 def _proved(certifier: str, rows: Mapping[str, np.ndarray]) -> np.ndarray:

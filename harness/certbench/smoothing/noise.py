@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from certbench.errors import DataError
+from certbench.seeding import noise_key, noise_words
 from certbench.smoothing.thresholds import BITS, noise_thresholds
 
 BLOCK = 100
@@ -35,9 +36,8 @@ class Streams:
 
     def __init__(self, run_id: str, device: torch.device) -> None:
         self.device = device
-        self._words = hashlib.sha256(f"certbench noise/{run_id}".encode()).digest()[:16]
-        kind = "philox4x64-10" if device.type == "cpu" else f"torch-{device.type}-philox4x32-10"
-        self.key = f"{kind}:{self._words.hex()}"
+        self._words = noise_words(run_id)
+        self.key = noise_key(run_id, device.type)
         self._on_device = torch.Generator(device)
 
     def normal(self, out: Tensor, sigma: float, image: int, purpose: Purpose, block: int) -> None:

@@ -15,6 +15,7 @@ from certbench.contract import Reporter
 from certbench.data.dataset import Dataset
 from certbench.models.kernels import plain_kernels
 from certbench.recipe import Recipe
+from certbench.results.rules import UNDECIDED
 from certbench.results.store import ResultStore
 from certbench.stages.certify import CertificateSet
 from certbench.stats.smoothing import RADII, allowed_refutations
@@ -105,8 +106,10 @@ def refutations(store: ResultStore, of: CertificateSet) -> tuple[int | None, boo
     if audits.empty:
         return None, False
     refuted = audits.loc[audits["outcome"] == "refuted", "index"].nunique()
+    decided = audits[~audits["outcome"].isin(UNDECIDED)]
+    attacks = len(decided[["attack", "attack_settings_digest"]].drop_duplicates())
     certificates = store.certificates(*of)
     first = certificates.slice(0, 1).to_pylist()[0]
     if first["guarantee"] != "statistical":
         return refuted, refuted > 0
-    return refuted, refuted > allowed_refutations(certificates.num_rows, first["alpha"])
+    return refuted, refuted > allowed_refutations(certificates.num_rows, first["alpha"], attacks)

@@ -19,10 +19,17 @@ CHUNK = 64
 
 
 def nondominated(points: Floats) -> NDArray[np.bool_]:
-    """True where no other point is at least as good in both and better in one; equal points stand together."""
-    at_least = np.all(points[None] >= points[:, None], axis=2)
-    better = np.any(points[None] > points[:, None], axis=2)
-    return np.asarray(~np.any(at_least & better, axis=1))
+    """True where no other point is at least as good in both and better in one; equal points stand together.
+
+    By falling first coordinate, a point stands if it raises the second, or equals the last one that did.
+    """
+    order = np.lexsort((-points[:, 1], -points[:, 0]))
+    second = points[order, 1]
+    before = np.concatenate([[-np.inf], np.maximum.accumulate(second)[:-1]])
+    last = np.maximum.accumulate(np.where(second > before, np.arange(len(order)), 0))
+    stands = np.empty(len(order), dtype=bool)
+    stands[order] = np.all(points[order] == points[order[last]], axis=1)
+    return stands
 
 
 def hypervolume(points: Floats, reference: tuple[float, float]) -> float:

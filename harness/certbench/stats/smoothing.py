@@ -22,7 +22,7 @@ GUARD = 1e-9
 
 
 VOID_LEVEL = 0.001
-"""A sound statistical row is voided with at most this probability."""
+"""A sound statistical row is voided with at most this probability, its audits' own errors included."""
 
 
 def radius_of(lower: ArrayLike, sigma: float) -> Floats:
@@ -136,11 +136,28 @@ def familywise_level(alpha: float, images: int) -> float:
     return min(1.0, alpha * images)
 
 
-def allowed_refutations(images: int, alpha: float) -> int:
-    """How many certificates an audit may refute before their row is void.
+def allowed_refutations(images: int, alpha: float, audits: int = 1) -> int:
+    """How many certificates ``audits`` audits may refute before their row is void: a sound row exceeds it with
+    probability :data:`VOID_LEVEL` at most.
 
     ``images`` counts all that were tested, certified or not: each is certified wrongly with probability ``alpha`` at
-    most, while of those that were certified any share may be wrong. A sound row then has more wrong ones with
-    probability 0.001 at most; that an audit refutes a right one comes on top.
+    most, while of those that were certified any share may be wrong. On top come right certificates that are refuted:
+    the tests of one audit err with levels that add up to ``alpha``, on draws of their own, so that j or more of them err
+    with probability ``(audits alpha)^j / j!`` at most, whatever was certified.
     """
-    return quantile(images, alpha, 1 - VOID_LEVEL) if images else 0
+    if not images:
+        return 0
+    most = quantile(images, alpha, 1 - VOID_LEVEL)
+    while _exceeded(most, images, alpha, audits * alpha) > VOID_LEVEL and most < images:
+        most += 1
+    return most
+
+
+def _exceeded(most: int, images: int, alpha: float, falsely: float) -> float:
+    """A bound on the probability that wrong and falsely refuted certificates are more than ``most`` together."""
+    wrong = np.arange(most + 1)
+    needed = most + 1 - wrong
+    refuted = np.minimum(1.0, np.exp(needed * np.log(falsely) - special.gammaln(needed + 1)))
+    return float(
+        stats.binom.sf(most, images, alpha) + np.sum(stats.binom.pmf(wrong, images, alpha) * refuted)
+    )

@@ -16,12 +16,13 @@ from functools import cache
 from typing import Any
 
 import altair as alt
+import numpy as np
 import vl_convert
 
 from certbench.leaderboard.board import Board
-from certbench.leaderboard.fronts import dominated
 from certbench.leaderboard.metrics import PA_BINS
 from certbench.leaderboard.row import Row
+from certbench.stats.fronts import nondominated
 
 SERIES = 8
 """Rows with a colour of their own; the ones below share grey."""
@@ -124,7 +125,7 @@ def _front(
     ]
     if len(points) < 2:
         return None
-    beaten = dominated([(sense * x, y) for _, x, y in points])
+    beaten = ~nondominated(np.array([(sense * x, y) for _, x, y in points]))
     values = [
         {
             "x": _short(x),

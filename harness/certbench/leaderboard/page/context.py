@@ -15,7 +15,7 @@ from certbench.leaderboard.page.charts import charts, label, slot
 from certbench.leaderboard.page.recipes import commands, recipe_toml
 from certbench.leaderboard.published import Notes
 from certbench.leaderboard.row import Row
-from certbench.leaderboard.tables import REPRODUCTION, leader, reproduction_line
+from certbench.leaderboard.tables import REPRODUCTION, leader, reproduction_line, states
 from certbench.results.rules import VERDICTS
 from certbench.threat import format_radius
 
@@ -127,7 +127,7 @@ def _cell(row: Row, column: c.Column, best: set[str], board: Board) -> dict[str,
 def _sort_key(row: Row, column: c.Column, board: Board) -> str:
     """The number a column is sorted by; empty where there is none, which sorts last."""
     values: dict[str, float | None] = {
-        "rank": standing.first if (standing := board.standing(row)) else None,
+        "rank": standing.first if (standing := board.standing(row)) and not standing.alone else None,
         "clean %": row.clean.mean,
         "certified %": row.certified.mean,
         "attacked %": row.attacked.mean if row.attacked else None,
@@ -177,10 +177,10 @@ def _published(published: Published, shown: Sequence[c.Column]) -> dict[str, Any
                 "header": SHOWN.get(column.header, column.header),
                 "text": column.published(published),
                 "difference": c.compared(published, metric, 4 if metric == "acr" else 2),
-                "state": "" if found is None else "near" if found.reproduced else "far",
+                "state": "" if found is None or published.because else "near" if found.reproduced else "far",
             }
         )
-    return {"source": published.source, "cells": cells}
+    return {"source": published.label, "cells": cells}
 
 
 def _details(row: Row, board: Board) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -192,8 +192,8 @@ def _details(row: Row, board: Board) -> list[tuple[str, list[tuple[str, str]]]]:
         ("attacked", _with_interval(row.attacked, 2, "%")),
         ("ACR", _with_interval(row.acr, 4, "")),
         ("radius cap", format_radius(row.cap) if row.cap else ""),
-        ("rank, certified", "" if board.smoothed else c.rank(row.standing)),
-        ("rank, ACR", c.rank(row.acr_standing)),
+        ("rank, certified", "" if board.smoothed else c.rank(row.standing, board.ranked)),
+        ("rank, ACR", c.rank(row.acr_standing, board.ranked)),
     ]
     figures += [(f"proved by {proof}", f"{count:,} images") for proof, count in row.proofs.items() if proof]
     groups = [
@@ -298,7 +298,5 @@ def _reproduction(cells: Sequence[Cell]) -> dict[str, Any]:
             }
             for cell in cells
         ],
-        "counts": {
-            state: sum(cell.state == state for cell in cells) for state in ("reproduced", "off", "not run")
-        },
+        "counts": states(cells),
     }

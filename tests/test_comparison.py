@@ -1,0 +1,261 @@
+"""What may be compared with what: ranks among comparable rows, boards by norm, reproductions, and seeds that count once."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stores import SETTINGS, C, M, U, add, smoothed
+
+from certbench.errors import DataError
+from certbench.leaderboard import records, tables
+from certbench.leaderboard.board import Board, boards
+from certbench.leaderboard.columns import rank
+from certbench.leaderboard.comparison import Cell, reproduction
+from certbench.leaderboard.published import Notes, PublishedFile
+from certbench.leaderboard.tradeoff import page as tradeoff_page
+from certbench.results.store import ResultStore
+from certbench.suites import load_suite
+
+
+def only(folder: Path, notes: Notes | None = None) -> Board:
+    (board,) = boards(ResultStore(folder / "results"), notes)
+    return board
+
+
+# Ranks -----------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_budgets_of_their_own_have_no_rank(tmp_path: Path) -> None:
+    smoothed(tmp_path, "a", [1000] * 40, method="small")
+    smoothed(tmp_path, "b", [10_000] * 40, n=10_000, method="large")
+    board = only(tmp_path)
+    text = tables.markdown(board)
+    assert text.count(" alone |") == 2 and "rank alone: no other row" in text and "rank: by" not in text
+    assert board.tied() == set()  # neither is first, and neither is tied with the other
+    rows = records.records(board)
+    assert [(row["rank_first"], row["rank_last"], row["rank_of"]) for row in rows] == [(None, None, 1)] * 2
+
+
+def test_a_rank_says_among_how_many_it_is_one(tmp_path: Path) -> None:
+    smoothed(tmp_path, "a", [1000] * 40, method="one")
+    smoothed(tmp_path, "b", [1000] * 40, method="two")
+    smoothed(tmp_path, "c", [10_000] * 40, n=10_000, method="large")
+    board = only(tmp_path)
+    assert {row.method: rank(board.standing(row), board.ranked) for row in board.rows} == {
+        "one": "1–2 of 2",
+        "two": "1–2 of 2",
+        "large": "alone",
+    }
+    tied = {board.rows[place].method for place in board.tied()}
+    best = {board.rows[place].method for place in board.best("acr")}
+    assert tied == {"one", "two"} and best == {"one", "two", "large"}  # ACRs of other budgets are no rivals
+    text = tables.markdown(board)
+    assert "rank k of m" in text and "rank alone" in text and "rank: by ACR" in text
+
+
+def test_a_row_that_is_alone_on_its_board_has_no_rank(tmp_path: Path) -> None:
+    add(tmp_path, "a", [C, U])
+    text = tables.markdown(only(tmp_path))
+    assert " alone |" in text and "rank alone: no other row" in text and "by ACR" not in text
+    add(tmp_path, "b", [C, U], method="other")
+    text = tables.markdown(only(tmp_path))
+    assert "alone" not in text and "rank: by certified accuracy" in text and "rank k of m" not in text
+
+
+# Boards of norm l2 -----------------------------------------------------------------------------------------------------
+
+
+def by_lipschitz(folder: Path, run: str, **changes: Any) -> None:
+    """Give a smoothed run's certificates to a plugin's certifier, with changed columns."""
+    store = ResultStore(folder / "results")
+    table = store.certificates(run * 16, "smoothing", SETTINGS)
+    columns = {name: table.column(name).to_pylist() for name in table.column_names}
+    (path,) = [path for path in store.paths("certificates") if path.name.startswith(run * 16)]
+    path.unlink()
+    for name, value in (changes | {"certifier": "lipschitz"}).items():
+        columns[name] = value if isinstance(value, list) else [value] * table.num_rows
+    store.write_certificates(run * 16, "lipschitz", SETTINGS, columns)
+
+
+def test_a_board_of_norm_l2_is_one_whatever_guarantee_its_rows_have(tmp_path: Path) -> None:
+    """Radii and order belong to the norm: no row looks different because another one is statistical."""
+    radii = [0.6, 0.3, 0.0, 0.0]
+    drawn = ("sigma", "alpha", "n0", "n", "k", "draws", "stop_reason", "generator_key", "exact_noise")
+    smoothed(tmp_path, "a", [1000] * 4, method="proved", protocol="l2-lipschitz-1")
+    proved: dict[str, Any] = {"guarantee": "real_arith", "radius": radii, "margin": radii, "prediction": 1}
+    verdicts = ["certified" if radius else "unknown" for radius in radii]
+    by_lipschitz(tmp_path, "a", **dict.fromkeys(drawn), **proved, verdict=verdicts)
+    alone = only(tmp_path)
+    assert alone.smoothed and alone.radii == ("0", "0.25", "0.5")
+    smoothed(tmp_path, "b", [1000, 1000, 900, 900], protocol="l2-lipschitz-1", method="drawn")
+    by_lipschitz(tmp_path, "b")
+    both = only(tmp_path)
+    assert [row.method for row in both.rows] == ["drawn", "proved"]
+    for row in (alone.rows[0], both.rows[1]):
+        assert [row.at[radius].mean for radius in alone.radii] == [50.0, 50.0, 25.0]
+    standings = [both.standing(row) for row in both.rows]
+    assert [standing.of for standing in standings if standing] == [1, 1]  # proofs and draws are not compared
+
+
+def test_statistical_certificates_that_count_no_draws_are_not_recorded(tmp_path: Path) -> None:
+    smoothed(tmp_path, "a", [1000] * 4, protocol="l2-lipschitz-1")
+    with pytest.raises(DataError, match="lacks n, k, and a statistical certificate is judged by its draws"):
+        by_lipschitz(tmp_path, "a", n=None, k=None)
+
+
+# Reproductions ---------------------------------------------------------------------------------------------------------
+
+FIGURE: dict[str, Any] = {
+    "table": "Table 1",
+    "dataset": "mnist",
+    "norm": "linf",
+    "radius": "0.1",
+    "method": "fast-ibp",
+    "model": "cnn7",
+    "metric": "certified_error",
+    "value": 38.5,
+    "spread": 1.0,
+}
+"""Certified accuracy 61.5; :data:`VERDICTS` have 62.5."""
+VERDICTS = [C, C, C, C, C, U, U, M]
+
+
+def notes_of(*figures: dict[str, Any]) -> Notes:
+    card = {"summary": "s", "paper": "p", "norm": "linf", "guarantee": "real_arith"}
+    file = {"source": "Somebody 2021", "figures": [FIGURE | figure for figure in figures]}
+    return Notes.model_validate({"methods": {"fast-ibp": card | {"published": [file]}}})
+
+
+def cells_of(board: Board, notes: Notes) -> list[Cell]:
+    return reproduction([(board.radius, row) for row in board.rows], notes)
+
+
+def asking(**certify: Any) -> str:
+    """A recipe of which rules see only the [certify] table."""
+    return json.dumps({"certify": certify}, sort_keys=True, separators=(",", ":"))
+
+
+def test_an_ablation_is_spoken_of_by_its_own_figures_in_any_order_of_its_settings(tmp_path: Path) -> None:
+    name = "fast-ibp/mnist +method.tightness=false +method.initialization=default"
+    add(tmp_path, "a", VERDICTS, recipe_name=name)
+    notes = notes_of(
+        {"recipe": "fast-ibp/mnist +method.initialization=default +method.tightness=false"},
+        {"recipe": "fast-ibp/mnist +method.tightness=false"},
+        {"recipe": "fast-ibp/mnist"},
+        {},
+    )
+    board = only(tmp_path, notes)
+    assert [cell.state for cell in cells_of(board, notes)] == ["reproduced", *["not run"] * 3]
+    assert [len(row.published) for row in board.rows] == [1]
+
+
+def test_every_figure_of_an_ablation_speaks_of_a_run_that_a_suite_makes() -> None:
+    folder = Path(__file__).parent.parent / "plugins/fast_ibp/certbench_fast_ibp"
+    text = (folder / "published/shi-2021.toml").read_text(encoding="utf-8")
+    named = {figure.recipe for figure in PublishedFile.model_validate(tomllib.loads(text)).figures}
+    ablations = {recipe for recipe in named if recipe and " +" in recipe}
+    suites = [load_suite(path, path.stem) for path in sorted((folder / "suites").glob("table-4-*.toml"))]
+    assert len(ablations) == 14
+    assert ablations <= {member.name for suite in suites for member in suite.members}
+
+
+@pytest.mark.parametrize(
+    ("asked", "because"),
+    [
+        ({}, ""),
+        ({"certifier": "ibp", "guarantee": "real_arith", "deploy": "float32"}, ""),
+        ({"certifier": "crown"}, "certified by ibp, where its recipe asks for crown"),
+        ({"guarantee": "float_sound"}, "its guarantee is real_arith, where its recipe asks for float_sound"),
+        ({"deploy": "bf16"}, "its deploy is float32, where its recipe asks for bf16"),
+    ],
+)
+def test_only_what_the_recipe_asks_for_reproduces(
+    tmp_path: Path, asked: dict[str, Any], because: str
+) -> None:
+    add(tmp_path, "a", VERDICTS, recipe=asking(**asked))
+    notes = notes_of({})
+    board = only(tmp_path, notes)
+    cells = cells_of(board, notes)
+    wanted = [("not run", ""), ("beside", because)] if because else [("reproduced", "")]
+    assert [(cell.state, cell.because) for cell in cells] == wanted
+    (published,) = board.rows[0].published
+    assert published.because == because and published.difference("certified") == 1.0
+    assert ("count as reproductions" in tables.markdown(board)) == bool(because)
+    assert ("beside, no reproduction" in tables.plain(board)) == bool(because)
+    assert ("1 beside" in tables.reproduction(cells)) == bool(because)
+
+
+def test_what_others_submitted_stands_beside(tmp_path: Path) -> None:
+    add(tmp_path, "a", VERDICTS)
+    add(tmp_path, "b", VERDICTS, seed=1)
+    label = {"run_id": "b" * 16, "submitter": "A <b>Lab</b>", "bundle_digest": "ab" * 32, "rechecked": 20}
+    ResultStore(tmp_path / "results").write_submission(label)
+    notes = notes_of({})
+    cells = cells_of(only(tmp_path, notes), notes)
+    assert [cell.state for cell in cells] == ["reproduced", "beside"]
+    text = tables.reproduction(cells)
+    assert "1 reproduced, 0 off, 0 not run, 1 beside" in text
+    assert "submitted by A" in text and "<b>" not in text
+    rows = list(csv.DictReader(io.StringIO(records.reproduction(cells))))
+    assert [row["because"] for row in rows] == ["", "submitted by A <b>Lab</b>"]
+
+
+@pytest.mark.parametrize(
+    ("n", "alpha", "beside"), [(1000, 0.001, False), (100_000, 0.001, True), (1000, 0.01, True)]
+)
+def test_other_draws_than_the_recipes_reproduce_nothing(
+    tmp_path: Path, n: int, alpha: float, beside: bool
+) -> None:
+    asked = {"certifier": "smoothing", "smoothing": {"n": n, "failure_probability": alpha}}
+    smoothed(tmp_path, "a", [1000] * 6 + [600] * 4, method="fast-ibp", recipe=asking(**asked))
+    of_l2 = {"dataset": "cifar10", "norm": "l2", "radius": None, "sigma": 0.5, "model": "resnet110"}
+    notes = notes_of(of_l2 | {"metric": "certified_accuracy", "at": "0.6", "value": 60.0})
+    (row,) = only(tmp_path, notes).rows
+    assert bool(row.published[0].because) is beside
+
+
+# Seeds -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        {"recipe_name": "Fast-IBP/MNIST"},
+        {"recipe_name": "fast-ibp/mnist "},
+        {"recipe_name": "\tfast-ibp/mnist\n"},
+        {"method": "FAST-IBP", "recipe_name": "fast-ibp/mnist"},
+        {"model": " CNN7"},
+    ],
+)
+def test_a_seed_counts_once_however_its_names_are_spelled(tmp_path: Path, spelled: dict[str, str]) -> None:
+    add(tmp_path, "a", [C, U])
+    add(tmp_path, "b", [C, C], **spelled)
+    with pytest.raises(DataError, match="are both seed 0 of .*a seed counts once"):
+        only(tmp_path)
+
+
+def test_seeds_of_one_row_are_found_under_every_spelling_and_other_names_stay_apart(tmp_path: Path) -> None:
+    add(tmp_path, "a", [C, U])
+    add(tmp_path, "b", [C, C], seed=1, recipe_name="Fast-IBP/mnist")
+    add(tmp_path, "c", [C, C], recipe_name="fast-ibp/mnist 2")
+    assert sorted((row.recipe, row.seeds) for row in only(tmp_path).rows) == [
+        ("fast-ibp/mnist", (0, 1)),
+        ("fast-ibp/mnist 2", (0,)),
+    ]
+
+
+def test_rows_of_one_recipe_by_others_are_points_of_their_own_on_a_front(tmp_path: Path) -> None:
+    """The same recipe and seed, made by somebody else with another library, once broke the whole page."""
+    add(tmp_path, "a", [C, C, U, M])
+    add(tmp_path, "b", [C, U, U, M], numerics=2)
+    label = {"run_id": "b" * 16, "submitter": "A Lab", "bundle_digest": "ab" * 32, "rechecked": 20}
+    store = ResultStore(tmp_path / "results")
+    store.write_submission(label)
+    text = tradeoff_page(boards(store), store)
+    assert text is not None and "fast-ibp/mnist, submitted by A Lab" in text
