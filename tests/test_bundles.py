@@ -10,71 +10,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from bundles import Lines, export, first_row, here, manifest, rewritten, take_in, with_rows
 from click.testing import CliRunner
 from stores import SETTINGS, C, M, U, add, identified
 
 from certbench.cli.results import command
 from certbench.errors import DataError, FoundError, UsageError
-from certbench.leaderboard.board import boards
+from certbench.leaderboard.board import boards, obstacles
 from certbench.results import bundle
-from certbench.results.bundle import BUNDLE, Refused, export_runs, join, unpack
+from certbench.results.bundle import Refused, export_runs, unpack
 from certbench.results.checks import check_store
-from certbench.results.files import encode
-from certbench.results.schema import CERTIFICATES, RUNS, TIMINGS
+from certbench.results.joining import join
 from certbench.results.store import ResultStore
-
-Lines = list[dict[str, Any]]
 
 
 @pytest.fixture
 def packed(tmp_path: Path) -> Path:
     """A bundle of two seeds."""
-    runs = [identified(tmp_path / "there", seed=seed) for seed in (0, 1)]
-    path = tmp_path / "rows.parquet"
-    export_runs(ResultStore(tmp_path / "there" / "results"), runs, path, "A Lab")
-    return path
-
-
-def here(tmp_path: Path) -> ResultStore:
-    return ResultStore(tmp_path / "here" / "results")
-
-
-def take_in(path: Path, tmp_path: Path, number: int = 0) -> bundle.Imported:
-    return join(unpack(path, tmp_path / f"unpacked{number}"), here(tmp_path))
-
-
-def rewritten(path: Path, change: Callable[[Lines], Lines]) -> Path:
-    """The bundle with its lines changed, every digest right again."""
-    table = pq.read_table(path)
-    lines = change(table.select(BUNDLE.schema.names).to_pylist())
-    for line in lines:
-        line["digest"] = hashlib.sha256(line["content"]).hexdigest()
-    path.write_bytes(encode(pa.Table.from_pylist(lines, schema=BUNDLE.schema), BUNDLE))
-    return path
-
-
-def with_rows(table: str, change: Callable[[Lines], Lines]) -> Callable[[Lines], Lines]:
-    """Change the rows of the first file of a table inside the bundle."""
-    spec = {"certificates": CERTIFICATES, "runs": RUNS, "timings": TIMINGS}[table]
-
-    def changed(lines: Lines) -> Lines:
-        at = next(place for place, line in enumerate(lines) if line["table"] == table)
-        rows = pq.read_table(pa.BufferReader(lines[at]["content"])).to_pylist()
-        content = encode(pa.Table.from_pylist(change(rows), schema=spec.schema), spec)
-        return [*lines[:at], lines[at] | {"content": content}, *lines[at + 1 :]]
-
-    return changed
-
-
-def manifest(**changes: Any) -> Callable[[Lines], Lines]:
-    def changed(lines: Lines) -> Lines:
-        content = json.loads(lines[0]["content"]) | changes
-        return [lines[0] | {"content": json.dumps(content).encode()}, *lines[1:]]
-
-    return changed
+    return export(tmp_path, *(identified(tmp_path / "there", seed=seed) for seed in (0, 1)))
 
 
 # There and back --------------------------------------------------------------------------------------------------------
@@ -106,16 +60,16 @@ def test_equal_rows_make_equal_bundles(packed: Path, tmp_path: Path) -> None:
 def test_taking_in_twice_changes_nothing_and_own_rows_stay_own(packed: Path, tmp_path: Path) -> None:
     take_in(packed, tmp_path)
     before = {path: path.read_bytes() for path in here(tmp_path).folder.rglob("*.parquet")}
-    assert take_in(packed, tmp_path, 1).new == ()
+    assert take_in(packed, tmp_path, 1).new == {}
     assert before == {path: path.read_bytes() for path in here(tmp_path).folder.rglob("*.parquet")}
     own = ResultStore(tmp_path / "there" / "results")
-    assert join(unpack(packed, tmp_path / "u2"), own).new == () and own.paths("submissions") == []
+    assert join(unpack(packed, tmp_path / "u2"), own, obstacles).new == {} and own.paths("submissions") == []
 
 
 def test_what_others_submitted_is_not_handed_on(packed: Path, tmp_path: Path) -> None:
     done = take_in(packed, tmp_path)
     with pytest.raises(UsageError, match="submitted by 'A Lab'"):
-        export_runs(here(tmp_path), done.new, tmp_path / "x.parquet", "me")
+        export_runs(here(tmp_path), list(done.new), tmp_path / "x.parquet", "me")
     with pytest.raises(UsageError, match="no run"):
         export_runs(here(tmp_path), ["f" * 16], tmp_path / "x.parquet", "me")
     with pytest.raises(UsageError, match="printable"):
@@ -125,12 +79,25 @@ def test_what_others_submitted_is_not_handed_on(packed: Path, tmp_path: Path) ->
 # Hostile bundles -------------------------------------------------------------------------------------------------------
 
 
-def first_row(**changes: Any) -> Callable[[Lines], Lines]:
-    return lambda rows: [rows[0] | changes, *rows[1:]]
-
-
 def doubled(rows: Lines) -> Lines:
     return [rows[0], *rows]
+
+
+def with_recipe(**changes: Any) -> Callable[[Lines], Lines]:
+    """Rewrite the recorded recipe of the first run."""
+
+    def changed(rows: Lines) -> Lines:
+        recipe = json.loads(rows[0]["recipe"]) | changes
+        text = json.dumps(recipe, sort_keys=True, separators=(",", ":"))
+        return first_row(recipe=text)(rows)
+
+    return changed
+
+
+def certified_by(certifier: str) -> Callable[[Lines], dict[str, Any]]:
+    """The first file of certificates once more, by another certifier."""
+    again = with_rows("certificates", lambda rows: [row | {"certifier": certifier} for row in rows])
+    return lambda lines: next(line for line in again(lines) if line["table"] == "certificates")
 
 
 HOSTILE: list[tuple[Callable[[Lines], Lines], str]] = [
@@ -138,6 +105,7 @@ HOSTILE: list[tuple[Callable[[Lines], Lines], str]] = [
     (with_rows("certificates", first_row(radius=math.nan)), "radius is not finite"),
     (with_rows("certificates", first_row(verdict="proved")), "verdict is none of"),
     (with_rows("certificates", doubled), "two rows of one"),
+    (with_rows("certificates", lambda rows: rows[::-1]), "its rows in another order"),
     (with_rows("certificates", first_row(run_id="../../../../tmp/x")), "not a hexadecimal digest"),
     (with_rows("certificates", first_row(radius=0.11)), "above the cap"),
     (with_rows("certificates", first_row(k=5, n=3)), "k exceeds n"),
@@ -148,6 +116,14 @@ HOSTILE: list[tuple[Callable[[Lines], Lines], str]] = [
     (with_rows("runs", first_row(numerics=7)), "its id is not that of its recipe"),
     (with_rows("runs", first_row(recipe='{"seed": 0}')), "not a canonical JSON object"),
     (with_rows("runs", first_row(recipe="[" * 60_000)), "recipe is not JSON"),
+    (with_rows("runs", first_row(recipe='{"a":' * 25 + "0" + "}" * 25)), "recipe is nested too deeply"),
+    (with_rows("runs", first_row(recipe="{}")), "key 'dataset' is missing"),
+    (with_rows("runs", with_recipe(certifier="ibp")), "unknown key 'certifier'"),
+    (with_rows("runs", with_recipe(threat={"norm": "linf", "radius": "0.1"})), "recipe says '0.1'"),
+    (with_rows("runs", with_recipe(seed="0")), "recipe says '0'"),
+    (with_rows("runs", with_recipe(certify={})), "is not the whole recipe"),
+    (with_rows("runs", with_recipe(name="another")), "is not the whole recipe 'fast-ibp/mnist'"),
+    (with_rows("runs", first_row(protocol="linf-1 ")), "is of protocol 'linf-1 '"),
     (with_rows("runs", first_row(method="x" * 400)), "a text of 400 bytes"),
     (lambda lines: [line for line in lines if line["table"] != "runs"], "files, but it holds"),
     (lambda lines: lines[1:], "has no manifest"),
@@ -157,6 +133,14 @@ HOSTILE: list[tuple[Callable[[Lines], Lines], str]] = [
     (manifest(submitter="\x1b[31m"), "printable"),
     (manifest(submitter="x" * 101), "printable"),
     (manifest(runs=["f" * 16]), "names other runs"),
+    (manifest(runs=["f" * 16, 3]), "names a run by no run id"),
+    (lambda lines: [line | {"rows": 7} for line in lines], "has 4 rows where the bundle says 7"),
+    (lambda lines: manifest(files=2)([x for x in lines if x["table"] != "certificates"]), "no certificates"),
+    (lambda lines: manifest(files=5)([*lines, certified_by("IBP")(lines)]), "is the second file named"),
+    (
+        lambda lines: manifest(files=6)([*lines, certified_by("a b")(lines), certified_by("a-b")(lines)]),
+        "two files of one name",
+    ),
     (manifest(files="many"), "its manifest lacks"),
 ]
 
@@ -202,12 +186,12 @@ def test_sizes_are_bounded_before_anything_unfolds(
     with pytest.raises(Refused, match="is larger than"):
         unpack(packed, tmp_path / "a")
     monkeypatch.undo()
-    monkeypatch.setattr(bundle, "MAX_ROWS", 3)
+    monkeypatch.setitem(bundle.MAX_ROWS, "certificates", 3)
     with pytest.raises(Refused, match="unfolds to 4 rows"):
         unpack(packed, tmp_path / "b")
     monkeypatch.undo()
     monkeypatch.setattr(bundle, "MAX_FILES", 3)
-    with pytest.raises(Refused, match="more than a bundle file may"):
+    with pytest.raises(Refused, match="more than the 3 of a bundle file"):
         unpack(packed, tmp_path / "c")
     with pytest.raises(UsageError, match="cannot read"):
         unpack(tmp_path / "nothing", tmp_path / "d")
@@ -241,9 +225,8 @@ def test_rows_that_would_spoil_the_boards_of_all_are_refused(packed: Path, tmp_p
 
 def test_another_protocol_is_refused(tmp_path: Path) -> None:
     run = identified(tmp_path / "there", protocol="linf-999")
-    export_runs(ResultStore(tmp_path / "there/results"), [run], tmp_path / "rows.parquet", "A Lab")
     with pytest.raises(Refused, match="of protocol 'linf-999'"):
-        take_in(tmp_path / "rows.parquet", tmp_path)
+        take_in(export(tmp_path, run), tmp_path)
 
 
 def test_other_images_under_the_same_digest_are_refused(packed: Path, tmp_path: Path) -> None:
@@ -261,7 +244,7 @@ def test_other_images_under_the_same_digest_are_refused(packed: Path, tmp_path: 
 
 def test_a_label_is_not_taken_over(packed: Path, tmp_path: Path) -> None:
     done = take_in(packed, tmp_path)
-    row = {"run_id": done.new[0], "submitter": "Mallory", "bundle_digest": "ab" * 32, "rechecked": 0}
+    row = {"run_id": next(iter(done.new)), "submitter": "Mallory", "bundle_digest": "ab" * 32, "rechecked": 0}
     with pytest.raises(DataError, match="submitted by 'A Lab' already"):
         here(tmp_path).write_submission(row)
     here(tmp_path).write_submission(row | {"submitter": "A Lab", "rechecked": 50})

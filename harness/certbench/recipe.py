@@ -408,7 +408,7 @@ def parse_recipe(
     content: Mapping[str, Any], name: str, overrides: Iterable[str] = (), where: str | None = None
 ) -> Recipe:
     """The recipe in an already parsed table; see :func:`load_recipe`."""
-    if _is_too_deep(content):
+    if is_too_deep(content):
         raise UsageError(_too_deep(where or name))
     table: dict[str, Any] = json.loads(json.dumps(content, default=str))
     changes = list(overrides)
@@ -420,8 +420,11 @@ def parse_recipe(
     return validate({**table, "name": shown}, where or name)
 
 
-def _is_too_deep(content: Mapping[str, Any], most: int = 20) -> bool:
-    """Found without recursion, whose limits differ between versions of Python."""
+def is_too_deep(content: Mapping[str, Any], most: int = 20) -> bool:
+    """Whether tables and lists are nested deeper than any recipe needs.
+
+    Found without recursion, whose limits differ between versions of Python.
+    """
     level: list[Any] = [content]
     for _ in range(most):
         inner = (value for each in level for value in (each.values() if isinstance(each, Mapping) else each))

@@ -9,7 +9,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from certbench.recipe import CORE_NUMERICS, identify
+from certbench.data.catalog import DATASETS
+from certbench.recipe import CORE_NUMERICS, identify, parse_recipe
 from certbench.results.store import ResultStore
 from certbench.seeding import noise_key
 from certbench.stats.binomial import lower_bound
@@ -114,21 +115,33 @@ def time(folder: Path, run: str, stage: str, seconds: float, second: int = 0, de
 
 
 def identified(folder: Path, **changes: Any) -> str:
-    """A run like those of :func:`add`, under the id that is really its own; returns the id."""
-    seed = changes.pop("seed", 0)
-    verdicts = changes.pop("verdicts", [C, C, U, M])
+    """A run like those of :func:`add`, or with ``hits`` of :func:`smoothed`, with a whole recipe, on the known version
+    of its data and under the id that is really its own; returns the id.
+
+    ``certify`` is the recipe's table of that name; ``index`` gives the images other indices.
+    """
+    dataset = changes.get("dataset", "cifar10" if "hits" in changes else "mnist")
+    if dataset in DATASETS:
+        changes.setdefault("dataset_digest", DATASETS[dataset].digest)
+    certify, index = changes.pop("certify", {}), changes.pop("index", None)
     scratch = folder / "scratch"
-    add(scratch, "a", verdicts, seed=seed, **changes)
+    if "hits" in changes:
+        smoothed(scratch, "a", changes.pop("hits"), **changes)
+    else:
+        add(scratch, "a", changes.pop("verdicts", [C, C, U, M]), **changes)
     source = ResultStore(scratch / "results")
     row = source.run("a" * 16)
-    content = json.loads(row["recipe"])
+    said = {"dataset": row["dataset"], "model": row["model"], "train": {"epochs": row["epochs"]}}
+    content = said | json.loads(row["recipe"]) | {"certify": certify}
+    row["recipe"] = parse_recipe(content, row["recipe_name"]).canonical_json()
     numerics = CORE_NUMERICS, row["numerics"]
-    identity = identify(content, row["dataset_digest"], numerics, row["protocol"])
+    identity = identify(json.loads(row["recipe"]), row["dataset_digest"], numerics, row["protocol"])
     store = ResultStore(folder / "results")
     store.write_run(row | {"run_id": identity})
     for run_id, certifier, settings in source.certificate_sets("a" * 16):
         table = source.certificates(run_id, certifier, settings)
         columns = {name: table.column(name).to_pylist() for name in table.column_names}
+        columns["index"] = index or columns["index"]
         store.write_certificates(identity, certifier, settings, columns | {"run_id": identity})
     for path in scratch.rglob("*.parquet"):
         path.unlink()

@@ -188,8 +188,9 @@ def import_(
     Example:
       certbench results import rows.parquet --recheck 100 --checkpoint network.safetensors
     """
-    from certbench.leaderboard.board import boards
-    from certbench.results.bundle import Refused, join, unpack
+    from certbench.leaderboard.board import obstacles
+    from certbench.results.bundle import Refused, unpack
+    from certbench.results.joining import join
     from certbench.results.store import ResultStore
 
     if bool(recheck) != (checkpoint is not None):
@@ -197,17 +198,22 @@ def import_(
     with tempfile.TemporaryDirectory() as folder:
         try:
             unpacked = unpack(bundle, Path(folder) / "results")
-            boards(unpacked.store)  # what cannot be built alone must not get among other rows
-            agreed = _recheck(unpacked, checkpoint, recheck, data, device, Path(folder)) if checkpoint else {}
-            done = join(unpacked, ResultStore(out / "results"), agreed)
+            done = join(
+                unpacked,
+                ResultStore(out / "results"),
+                obstacles,
+                lambda: (
+                    _recheck(unpacked, checkpoint, recheck, data, device, Path(folder)) if checkpoint else {}
+                ),
+            )
         except Refused as error:
             for reason in error.reasons:
                 _printable(f"refused: {reason}", err=True)
             raise FoundError(f"{bundle.name} is not imported; reasons: {len(error.reasons)}") from None
     known = f"; {len(done.known)} were here already" if done.known else ""
     _printable(f"{len(done.new)} runs by {done.submitter} imported into {out}{known}")
-    for run_id in done.new:
-        _printable(f"{run_id}: {agreed.get(run_id, 0)} certificates re-checked")
+    for run_id, made in done.new.items():
+        _printable(f"{run_id}: {made} certificates re-checked")
 
 
 def _recheck(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,6 +25,8 @@ from certbench.threat import format_radius
 
 RADII = ("0", "0.25", "0.5", "0.75", "1", "1.25", "1.5", "2", "2.5", "3")
 """Radii at which boards of smoothed classifiers give the certified accuracy, as far as any row reaches."""
+LONGEST_NAME = 200
+"""Characters of a board's name: file systems take 255, some of which go to endings."""
 
 
 @dataclass(frozen=True)
@@ -92,23 +94,43 @@ def boards(store: ResultStore, notes: Notes | None = None) -> list[Board]:
         UsageError: the store holds no certificates.
         DataError: a file is damaged, a row contradicts another, or rows that must not share a table would.
     """
-    notes = notes or Notes()
-    entries = gather(store)
-    sizes = _sizes(entries)
+    found, problems = _built(store, notes or Notes())
+    if problems:
+        raise DataError(problems[0])
+    return sorted(found, key=lambda board: _natural(board.name))
+
+
+def obstacles(store: ResultStore, notes: Notes | None = None) -> list[str]:
+    """All that keeps the boards of a store from being built, one line each; empty where :func:`boards` builds them.
+
+    Raises:
+        UsageError: the store holds no certificates.
+        DataError: a file is damaged.
+    """
+    return _built(store, notes or Notes())[1]
+
+
+def _built(store: ResultStore, notes: Notes) -> tuple[list[Board], list[str]]:
+    """The boards that can be built, and what is wrong with the others."""
+    entries, problems = gather(store)
+    told: dict[str, list[_Told]] = defaultdict(list)
     settings: dict[tuple[str, str, str], dict[str, list[Entry]]] = defaultdict(lambda: defaultdict(list))
     for entry in entries:
-        run = entry.run
-        settings[run["dataset"], run["norm"], _size(run)][_protocol(entry)].append(entry)
+        run, protocol = entry.run, _protocol(entry)
+        size = int(entry.metrics.each.index.max()) + 1
+        told[run["dataset_digest"]].append(_Told(size, stride_of(protocol), entry.submission is None))
+        settings[run["dataset"], run["norm"], _size(run)][protocol].append(entry)
     found = []
     for setting, protocols in settings.items():
         for protocol, members in protocols.items():
-            _one_data_digest(members)
             name = _name(setting, protocol, protocols)
-            size = sizes[members[0].run["dataset_digest"]]
-            expected = len(range(0, size, stride_of(protocol)))
-            found.append(_board(name, setting, protocol, members, expected, notes))
-    _distinct_names(found)
-    return sorted(found, key=lambda board: _natural(board.name))
+            try:
+                _one_data_digest(members)
+                expected = _expected(told[members[0].run["dataset_digest"]], stride_of(protocol))
+                found.append(_board(name, setting, protocol, members, expected, notes))
+            except DataError as error:
+                problems.append(str(error))
+    return found, [*problems, *_name_problems(found)]
 
 
 def _board(
@@ -144,13 +166,22 @@ def _radii(norm: str, members: Sequence[Entry]) -> tuple[str, ...]:
     return tuple(radius for radius in RADII if float(radius) <= largest or radius == "0")
 
 
-def _sizes(entries: Sequence[Entry]) -> Mapping[str, int]:
-    """The number of images of every version of a data set, as far as any run on it tells."""
-    found: dict[str, int] = defaultdict(int)
-    for entry in entries:
-        digest = entry.run["dataset_digest"]
-        found[digest] = max(found[digest], int(entry.metrics.each.index[-1]) + 1)
-    return found
+class _Told(NamedTuple):
+    """What one run tells of its data set: that there are at least ``size`` images, of which it has every ``stride``-th."""
+
+    size: int
+    stride: int
+    own: bool
+
+
+def _expected(told: Sequence[_Told], stride: int) -> int:
+    """The number of images of a complete row about every ``stride``-th one, as far as runs on this data set tell.
+
+    Those that this harness recorded itself decide, where there are any about these images: what somebody submits says
+    nothing of whether our rows are complete.
+    """
+    own = [each for each in told if each.own and stride % each.stride == 0]
+    return len(range(0, max(each.size for each in own or told), stride))
 
 
 def _protocol(entry: Entry) -> str:
@@ -186,15 +217,18 @@ def _one_data_digest(members: Sequence[Entry]) -> None:
         raise DataError(f"runs {names} were made on different versions of {members[0].run['dataset']}")
 
 
-def _distinct_names(found: Sequence[Board]) -> None:
+def _name_problems(found: Sequence[Board]) -> Iterator[str]:
+    """Boards that cannot have files of their own: two of one name, on file systems that know no case, or a long one."""
     seen: dict[str, Board] = {}
     for board in found:
         other = seen.setdefault(board.name.lower(), board)
         if other is not board:
-            raise DataError(
+            yield (
                 f"two boards would share the file {board.name}.md: {other.title!r} ({other.protocol}) and "
                 f"{board.title!r} ({board.protocol})"
             )
+        if len(board.name) > LONGEST_NAME:
+            yield f"the board {board.title!r} ({board.protocol}) has a name too long for a file"
 
 
 def slug(text: str) -> str:

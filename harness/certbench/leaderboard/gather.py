@@ -50,12 +50,13 @@ class Entry:
     submission: Mapping[str, Any] | None = None
 
 
-def gather(store: ResultStore) -> list[Entry]:
-    """Every run of a store by every certifier, in the order of their files.
+def gather(store: ResultStore) -> tuple[list[Entry], list[str]]:
+    """Every run of a store by every certifier, in the order of their files; and, one line each, where rows contradict
+    others, whose entries are left out.
 
     Raises:
         UsageError: the store holds no certificates.
-        DataError: a file is damaged, or a row contradicts another.
+        DataError: a file is damaged.
     """
     # Listed in this order, since a run is always written before its certificates, and they before their audits.
     audits = store.paths("audits")
@@ -71,13 +72,22 @@ def gather(store: ResultStore) -> list[Entry]:
     check = CrossCheck(runs)
 
     attached = _attached(audits)
-    entries = []
+    entries: list[Entry] = []
+    problems: list[str] = []
     fetched = _ahead(lambda path: store.fetch("certificates", path), certificates)
     for path, rows in zip(certificates, fetched, strict=True):
         shard = store.accept("certificates", path, rows)
-        _refuse(path, check.problems(shard))
-        metrics = measure(shard)
-        audit = _audit(store, attached(path), runs[metrics.run_id], metrics, shard)
+        contradictions = [f"{path}: {problem}" for problem in check.problems(shard)]
+        problems += contradictions
+        if contradictions:
+            continue
+        try:
+            metrics = measure(shard)
+            audit = _audit(store, attached(path), runs[metrics.run_id], metrics, shard)
+            attacked = attacked_accuracy(metrics, audit)
+        except DataError as error:
+            problems.append(str(error))
+            continue
         run_id, stage = metrics.run_id, certify_stage(metrics.certifier, metrics.settings_digest)
         entries.append(
             Entry(
@@ -86,11 +96,11 @@ def gather(store: ResultStore) -> list[Entry]:
                 cost.get((run_id, "train")),
                 cost.get((run_id, stage)),
                 audit,
-                attacked_accuracy(metrics, audit),
+                attacked,
                 submissions.get(run_id),
             )
         )
-    return entries
+    return entries, problems
 
 
 def _read(store: ResultStore, table: str) -> pa.Table:
@@ -122,13 +132,10 @@ def _audit(
     audits = store.audits_in(paths, metrics.certifier, metrics.settings_digest)
     if not audits.num_rows:
         return None
-    _refuse(store.folder / "audits", audit_problems(audits, certificates, run))
-    return count_audits(certificates, audits)
-
-
-def _refuse(where: Path, problems: Sequence[str]) -> None:
+    problems = audit_problems(audits, certificates, run)
     if problems:
-        raise DataError(f"{where}: {problems[0]}")
+        raise DataError(f"{store.folder / 'audits'}: {problems[0]}")
+    return count_audits(certificates, audits)
 
 
 def _ahead(function: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:

@@ -2,43 +2,51 @@
 
 A bundle is a table of whole result files: what table each belongs to, how many rows it has, its SHA-256 and its bytes,
 after a first line with the manifest. It holds no paths: files are named anew from the rows inside, once these have kept
-every rule. Nothing in it is executed, and what it may unfold to is bounded before it is read.
+every rule. Nothing in it is executed, and what it may unfold to is bounded before it is read
+(:mod:`certbench.results.unfolding`). What is unpacked joins a store by :mod:`certbench.results.joining`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from certbench.errors import DataError, UsageError
-from certbench.recipe import PROTOCOLS
-from certbench.results.checks import CrossCheck, check_store
-from certbench.results.files import decode, encode, write_atomically
+from certbench.recipe import parse_recipe
+from certbench.results.checks import check_store, identity_problem
+from certbench.results.files import decode, encode, opened, write_atomically
 from certbench.results.provenance import versions
-from certbench.results.rules import problems_of
+from certbench.results.rules import RUN_ID, problems_of
 from certbench.results.schema import TABLES, TableSpec
 from certbench.results.store import ResultStore
+from certbench.results.unfolding import Bounds, measure
 
 FORMAT = 1
 MANIFEST = "manifest"
 PACKED = ("runs", "certificates", "audits", "timings")
 """The tables that travel; who submitted a run is said by whoever imports it."""
 MAX_BUNDLE_BYTES = 2**30
+"""As it comes, and again as it unfolds."""
+MAX_RATIO = 100
+"""By how many times a bundle may unfold, besides its first MiB: the files inside are compressed already."""
 MAX_FILES = 100_000
-MAX_ROWS = 2_000_000
-MAX_UNPACKED_BYTES = 2**30
-"""Of one file."""
-MAX_TEXT = 300
-MAX_RECIPE = 65_536
+MAX_ROWS = {"runs": 1, "certificates": 2_000_000, "audits": 2_000_000, "timings": 10_000}
+"""Of one file of a table."""
+MAX_FILE_BYTES = 2**29
+"""What one file inside may unfold to."""
+MAX_ALL_BYTES = 2**34
+"""What all files inside may unfold to, one after the other."""
+MAX_MANIFEST = 2**22
 MAX_SUBMITTER = 100
+MAX_REASON = 500
 
 BUNDLE = TableSpec(
     name="bundle",
@@ -47,7 +55,7 @@ BUNDLE = TableSpec(
             pa.field("table", pa.string(), nullable=False),
             pa.field("rows", pa.int64(), nullable=False),
             pa.field("digest", pa.string(), nullable=False),
-            pa.field("content", pa.large_binary(), nullable=False),
+            pa.field("content", pa.binary(), nullable=False),
         ]
     ),
     key=("digest",),
@@ -70,7 +78,8 @@ def export_runs(store: ResultStore, run_ids: Sequence[str], path: Path, submitte
     """Pack runs with their certificates, audits and timings.
 
     Raises:
-        UsageError: no such run, a run that somebody else submitted, or a name that cannot be shown.
+        UsageError: no such run, a run that somebody else submitted, more than a bundle may hold, or a name that cannot be
+            shown.
         DataError: a file of theirs is damaged.
         RunError: the bundle cannot be written.
     """
@@ -99,12 +108,16 @@ def export_runs(store: ResultStore, run_ids: Sequence[str], path: Path, submitte
     }
     text = json.dumps(manifest, sort_keys=True, ensure_ascii=False).encode()
     lines = [(MANIFEST, 1, text), *files]
+    if len(lines) > MAX_FILES or sum(len(content) for _, _, content in lines) > MAX_BUNDLE_BYTES:
+        raise UsageError(
+            f"these are more than the {MAX_BUNDLE_BYTES >> 20} MiB of a bundle; export fewer runs"
+        )
     table = pa.table(
         {
             "table": [name for name, _, _ in lines],
             "rows": [rows for _, rows, _ in lines],
             "digest": [hashlib.sha256(content).hexdigest() for _, _, content in lines],
-            "content": pa.array([content for _, _, content in lines], pa.large_binary()),
+            "content": [content for _, _, content in lines],
         },
         schema=BUNDLE.schema,
     )
@@ -135,13 +148,18 @@ class Unpacked:
 
 
 class Refused(DataError):
-    """A bundle is not taken; ``reasons`` are all that were found."""
+    """A bundle is not taken; ``reasons`` are all that were found, each one line of bounded length."""
 
-    def __init__(self, where: str, reasons: Sequence[str]) -> None:
-        super().__init__(
-            f"{where} is refused, for {len(reasons)} reason{'s' if len(reasons) > 1 else ''}: {reasons[0]}"
-        )
-        self.reasons = tuple(reasons)
+    def __init__(self, where: str, reasons: Iterable[str]) -> None:
+        self.reasons = tuple(_line(reason) for reason in dict.fromkeys(reasons))
+        count = f"{len(self.reasons)} reason{'s' if len(self.reasons) > 1 else ''}"
+        super().__init__(f"{where} is refused, for {count}: {self.reasons[0]}")
+
+
+def _line(reason: str) -> str:
+    """A reason may quote what a stranger wrote."""
+    text = "".join(c if c.isprintable() else " " for c in reason)
+    return text if len(text) <= MAX_REASON else f"{text[:MAX_REASON]}..."
 
 
 def unpack(path: Path, into: Path) -> Unpacked:
@@ -151,26 +169,37 @@ def unpack(path: Path, into: Path) -> Unpacked:
         Refused: with every reason that was found.
         UsageError: there is no such file.
     """
-    packed, files = _open(path)
-    store = ResultStore(into)
-    reasons = []
-    for table, content in files:
-        problems = list(_take(store, table, content))
-        reasons += [
-            f"{table} file {hashlib.sha256(content).hexdigest()[:16]}: {problem}" for problem in problems
-        ]
-    if not reasons:
-        reasons = [_without(into, line) for line in check_store(store, identities=True)]
-        found = sorted(row["run_id"] for row in store.read("runs").to_pylist())
-        if found != sorted(packed.runs):
-            reasons.append("its manifest names other runs than it holds")
+    content, store = _content(path), ResultStore(into)
+    manifest: dict[str, Any] = {}
+    reasons: list[str] = []
+    try:
+        manifest = _read(content, store, reasons)
+        if not reasons:
+            reasons += _together(store, manifest["runs"])
+    except DataError as error:
+        reasons.append(str(error))
     if reasons:
         raise Refused(path.name, reasons)
-    return Unpacked(packed, store)
+    return Unpacked(_packed(manifest, content), store)
 
 
-def _open(path: Path) -> tuple[Packed, list[tuple[str, bytes]]]:
-    """The manifest and the files of a bundle, each with the digest the bundle gives it."""
+def _read(content: bytes, store: ResultStore, reasons: list[str]) -> dict[str, Any]:
+    """The manifest, once every file of a bundle was laid out; whatever is wrong joins ``reasons``.
+
+    Raises:
+        DataError: the bundle cannot be read on.
+    """
+    most = min(MAX_BUNDLE_BYTES, 2**20 + MAX_RATIO * len(content))
+    measure(content, BUNDLE, Bounds(MAX_FILES, most, dictionaries=False))
+    lines = _lines(opened(content, BUNDLE, "it")[0])
+    manifest = _manifest(next(lines, None), reasons)
+    files = _lay_out(store, lines, reasons)
+    if manifest and manifest["files"] != files:
+        reasons.append(f"its manifest names {manifest['files']} files, but it holds {files}")
+    return manifest
+
+
+def _content(path: Path) -> bytes:
     try:
         size = path.stat().st_size
         content = path.read_bytes() if size <= MAX_BUNDLE_BYTES else b""
@@ -179,43 +208,47 @@ def _open(path: Path) -> tuple[Packed, list[tuple[str, bytes]]]:
     if not content:
         why = "is empty" if size == 0 else f"is larger than {MAX_BUNDLE_BYTES >> 20} MiB"
         raise Refused(path.name, [why])
-    try:
-        _bounded(content, BUNDLE)
-        table = decode(content, BUNDLE, path.name)
-    except DataError as error:
-        raise Refused(path.name, [str(error)]) from None
-    lines = table.to_pylist()
-    wrong = [line["table"] for line in lines if hashlib.sha256(line["content"]).hexdigest() != line["digest"]]
-    reasons = [f"a {name[:40]!r} file has another digest than the bundle says" for name in wrong]
-    manifest = _manifest(lines)
-    reasons += manifest if isinstance(manifest, list) else []
-    unknown = {line["table"] for line in lines[1:]} - set(PACKED)
-    reasons += [f"holds a table {name[:40]!r}, which no bundle has" for name in sorted(unknown)]
-    if reasons or isinstance(manifest, list):
-        raise Refused(path.name, reasons)
-    # Runs first: a store takes certificates only of runs it knows.
-    ordered = sorted(lines[1:], key=lambda line: PACKED.index(line["table"]))
-    return _packed(manifest, content), [(line["table"], line["content"]) for line in ordered]
+    return content
 
 
-def _manifest(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any] | list[str]:
-    """The manifest, or what is wrong with it."""
-    if not lines or lines[0]["table"] != MANIFEST:
-        return ["has no manifest"]
+def _lines(file: pq.ParquetFile) -> Iterator[dict[str, Any]]:
+    """The bundle's lines, a few at a time.
+
+    Raises:
+        DataError: a page is not what its header says.
+    """
     try:
-        manifest = json.loads(lines[0]["content"])
+        for batch in file.iter_batches(batch_size=64, use_threads=False):
+            yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"is not readable Parquet: {str(error).splitlines()[0]}") from None
+
+
+def _manifest(line: Mapping[str, Any] | None, reasons: list[str]) -> dict[str, Any]:
+    """The manifest; empty where it is none, and whatever is wrong with it joins ``reasons``."""
+    if line is None or line["table"] != MANIFEST:
+        reasons.append("has no manifest")
+        return {}
+    if len(line["content"]) > MAX_MANIFEST:
+        reasons.append(f"its manifest has more than {MAX_MANIFEST} bytes")
+        return {}
+    try:
+        manifest = json.loads(line["content"])
     except (ValueError, RecursionError):
-        return ["its manifest is not JSON"]
+        reasons.append("its manifest is not JSON")
+        return {}
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        return [f"its format is not {FORMAT}, the one this certbench reads"]
+        reasons.append(f"its format is not {FORMAT}, the one this certbench reads")
+        return {}
     kinds = {"submitter": str, "certbench_version": str, "runs": list, "files": int}
     if any(not isinstance(manifest.get(name), kind) for name, kind in kinds.items()):
-        return ["its manifest lacks " + ", ".join(kinds)]
-    problem = _submitter_problem(manifest["submitter"])
-    found = [problem] if problem else []
-    if manifest["files"] != len(lines) - 1:
-        found.append(f"its manifest names {manifest['files']} files, but it holds {len(lines) - 1}")
-    return found or manifest
+        reasons.append("its manifest lacks " + ", ".join(kinds))
+        return {}
+    if problem := _submitter_problem(manifest["submitter"]):
+        reasons.append(problem)
+    if not all(isinstance(run_id, str) and RUN_ID.fullmatch(run_id) for run_id in manifest["runs"]):
+        reasons.append("its manifest names a run by no run id")
+    return manifest
 
 
 def _submitter_problem(name: str) -> str | None:
@@ -224,125 +257,79 @@ def _submitter_problem(name: str) -> str | None:
     return None
 
 
-def _take(store: ResultStore, table: str, content: bytes) -> Iterator[str]:
-    """Lay one file out under the name that its rows give it, or say what is wrong with it."""
-    spec = TABLES[table]
+def _lay_out(store: ResultStore, lines: Iterable[Mapping[str, Any]], reasons: list[str]) -> int:
+    """Place the bundle's files one after the other, and count them; whatever is wrong with one joins ``reasons``."""
+    names: set[str] = set()
+    number = unfolded = 0
+    for number, line in enumerate(lines, 1):
+        if line["table"] not in PACKED:
+            reasons.append(f"holds a table {line['table'][:40]!r}, which no bundle has")
+            continue
+        try:
+            bounds = Bounds(MAX_ROWS[line["table"]], min(MAX_FILE_BYTES, MAX_ALL_BYTES - unfolded))
+            unfolded += measure(line["content"], TABLES[line["table"]], bounds)
+            problems = _take(store, line, names)
+        except DataError as error:
+            problems = [str(error)]
+        reasons += [without(store, f"{line['table']} file {number}: {problem}") for problem in problems]
+    return number
+
+
+def _take(store: ResultStore, line: Mapping[str, Any], names: set[str]) -> list[str]:
+    """Lay one file out under the name that its rows give it, or say all that is wrong with it.
+
+    Raises:
+        DataError: not a file of its table, or a second one of its name.
+    """
+    table, content = line["table"], line["content"]
+    rows = decode(content, TABLES[table], "it")
+    problems = list(problems_of(rows, table)) if rows.num_rows else ["holds no row"]
+    if table == "runs" and not problems:
+        problems = [problem for row in rows.to_pylist() for problem in _recipe_problems(row)]
+    if hashlib.sha256(content).hexdigest() != line["digest"]:
+        problems.append("has another digest than the bundle says")
+    keys = rows.select([name for name in TABLES[table].key if name in rows.column_names])
+    if not keys.equals(keys.sort_by([(name, "ascending") for name in keys.column_names])):
+        problems.append("has its rows in another order than certbench writes them")
+    if rows.num_rows != line["rows"]:
+        problems.append(f"has {rows.num_rows} rows where the bundle says {line['rows']}")
+    if problems:
+        return problems
+    path = store.place(table, rows, content)
+    name = f"{table}/{path.name}".casefold()
+    if name in names:  # of other bytes in other letters, which some file systems take for the same
+        return [f"is the second file named {path.name}"]
+    names.add(name)
+    return []
+
+
+def _together(store: ResultStore, runs: Sequence[str]) -> Iterator[str]:
+    """What is wrong with the files of a bundle beside each other."""
+    for line in check_store(store):
+        yield without(store, line)
+    if sorted(path.stem for path in store.paths("runs")) != sorted(runs):
+        yield "its manifest names other runs than it holds"
+    if not store.paths("certificates"):
+        yield "holds no certificates"
+
+
+def _recipe_problems(run: Mapping[str, Any]) -> Iterator[str]:
+    """Whether the recorded text is a recipe, whole and as certbench writes it, and protocol and id of the row are its own."""
+    if problem := identity_problem(run):
+        yield problem
+    where = f"run {run['run_id']}: its recipe"
     try:
-        _bounded(content, spec)
-        rows = decode(content, spec, "it")
-    except DataError as error:
+        recipe = parse_recipe(json.loads(run["recipe"]), run["recipe_name"], where=where)
+        text = recipe.canonical_json()
+    except UsageError as error:
         yield str(error)
         return
-    problems = list(problems_of(rows, table)) if rows.num_rows else ["holds no row"]
-    yield from problems
-    if not problems:
-        try:
-            store.place(table, rows, content)
-        except DataError as error:
-            yield str(error)
+    if text != run["recipe"]:
+        yield f"{where} is not the whole recipe {run['recipe_name']!r} as certbench writes it"
+    if recipe.protocol != run["protocol"]:
+        yield f"run {run['run_id']} is of protocol {run['protocol']!r}, and its recipe of {recipe.protocol!r}"
 
 
-def _bounded(content: bytes, spec: TableSpec) -> None:
-    """Refuse a file that would unfold to more than its table can need, before its columns are read.
-
-    Text is read with every distinct value once, since a few bytes can ask for a long text a million times.
-
-    Raises:
-        DataError: not readable, or beyond a bound.
-    """
-    try:
-        file = pq.ParquetFile(pa.BufferReader(content))
-        rows, groups = file.metadata.num_rows, file.metadata.num_row_groups
-        unpacked = sum(file.metadata.row_group(group).total_byte_size for group in range(min(groups, 1000)))
-        if (
-            groups > 1000
-            or rows > (MAX_FILES if spec is BUNDLE else MAX_ROWS)
-            or unpacked > MAX_UNPACKED_BYTES
-        ):
-            raise DataError(f"unfolds to {rows} rows and {unpacked} bytes, more than a {spec.name} file may")
-        texts = [field.name for field in file.schema_arrow if pa.types.is_string(field.type)]
-        encoded = pq.ParquetFile(pa.BufferReader(content), read_dictionary=texts)
-        for name in texts:
-            for chunk in encoded.read(columns=[name], use_threads=False).column(0).chunks:
-                longest = pc.max(pc.binary_length(chunk.dictionary)).as_py() or 0
-                if longest > (MAX_RECIPE if name == "recipe" else MAX_TEXT):
-                    raise DataError(f"has a text of {longest} bytes in {name[:40]!r}")
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"is not readable Parquet: {str(error).splitlines()[0]}") from None
-
-
-def _without(folder: Path, line: str) -> str:
+def without(store: ResultStore, line: str) -> str:
     """A problem without the folder that a bundle was laid out in, which is gone when anybody reads it."""
-    return line.replace(f"{folder}/", "")
-
-
-# Joining a store -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Imported:
-    """What an import brought: runs that are new, and runs that were there already with equal rows."""
-
-    new: tuple[str, ...]
-    known: tuple[str, ...]
-    submitter: str
-
-
-def join(unpacked: Unpacked, store: ResultStore, rechecked: Mapping[str, int] | None = None) -> Imported:
-    """Add the runs of a checked bundle to a store, each labelled with its submitter before its certificates come.
-
-    Raises:
-        Refused: a run is there already with other rows, or boards could not be built of both together.
-    """
-    source = unpacked.store
-    runs = [row["run_id"] for row in source.read("runs").to_pylist()]
-    known = [run_id for run_id in runs if store.has_run(run_id)]
-    reasons = [reason for run_id in known for reason in _differences(source, store, run_id)]
-    reasons += _strangers(source, store)
-    if reasons:
-        raise Refused("the bundle", reasons)
-    new = [run_id for run_id in runs if run_id not in known]
-    for table in ("runs", "submissions", "certificates", "audits", "timings"):
-        if table == "submissions":
-            for run_id in new:
-                store.write_submission(
-                    {
-                        "run_id": run_id,
-                        "submitter": unpacked.packed.submitter,
-                        "bundle_digest": unpacked.packed.digest,
-                        "rechecked": (rechecked or {}).get(run_id, 0),
-                    }
-                )
-            continue
-        for path in source.paths(table):
-            if path.name[:16] in new:
-                store.place(table, source.load(table, path), path.read_bytes())
-    return Imported(tuple(new), tuple(known), unpacked.packed.submitter)
-
-
-def _differences(source: ResultStore, store: ResultStore, run_id: str) -> Iterator[str]:
-    for name in ("runs", "certificates", "audits"):
-        for path in source.paths(name):
-            if path.name[:16] != run_id:
-                continue
-            here = store.folder / name / path.name
-            if not here.is_file() or not store.load(name, here).equals(source.load(name, path)):
-                yield f"run {run_id} is recorded here already, and its {name} differ ({path.name})"
-
-
-def _strangers(source: ResultStore, store: ResultStore) -> Iterator[str]:
-    """Runs on other images, or under another protocol, than those here: these would spoil the boards of all."""
-    ours = {row["run_id"]: row for row in store.read("runs").to_pylist()}
-    theirs = {row["run_id"]: row for row in source.read("runs").to_pylist()}
-    digests = {row["dataset"]: row["dataset_digest"] for row in ours.values()}
-    for row in theirs.values():
-        if digests.get(row["dataset"], row["dataset_digest"]) != row["dataset_digest"]:
-            yield f"run {row['run_id']} was made on another version of {row['dataset']} than the runs here"
-        if row["norm"] == "linf" and row["protocol"] != PROTOCOLS["linf"]:
-            yield f"run {row['run_id']} is of protocol {row['protocol']!r}, not of {PROTOCOLS['linf']}"
-    check = CrossCheck({**ours, **theirs})
-    for path in store.paths("certificates"):
-        if ours.get(path.name[:16], {}).get("dataset") in {row["dataset"] for row in theirs.values()}:
-            check.problems(store.load("certificates", path))
-    for path in source.paths("certificates"):
-        yield from check.problems(source.load("certificates", path))
+    return line.replace(f"{store.folder}{os.sep}", "")

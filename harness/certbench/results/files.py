@@ -59,11 +59,18 @@ def encode(table: pa.Table, spec: TableSpec) -> bytes:
     """The table as Parquet: equal rows give equal bytes under one version of pyarrow.
 
     The footer carries table name, version, and the SHA-256 of the whole file with that digest blanked out, so that
-    no byte, of data or of metadata, can change unnoticed.
+    no byte, of data or of metadata, can change unnoticed. Columns of bytes are written value by value: with a dictionary,
+    a reader could not tell what the file unfolds to.
     """
     sink = pa.BufferOutputStream()
     writer = pq.ParquetWriter(
-        sink, spec.schema, version="2.6", compression="zstd", compression_level=3, store_schema=False
+        sink,
+        spec.schema,
+        version="2.6",
+        compression="zstd",
+        compression_level=3,
+        store_schema=False,
+        use_dictionary=not any(pa.types.is_binary(field.type) for field in spec.schema),
     )
     with writer:
         writer.write_table(table, row_group_size=_ROW_GROUP)
@@ -85,23 +92,36 @@ def decode(content: bytes, spec: TableSpec, where: str) -> pa.Table:
     Raises:
         DataError: truncated, changed by as much as one byte, not written by certbench, or of another version.
     """
+    try:
+        file, version = opened(content, spec, where)
+        # An explicit empty schema metadata: what a reader sees is columns, not bookkeeping.
+        return migrated(file.read(use_threads=False).replace_schema_metadata(None), spec, version)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{where}: is not readable Parquet: {str(error).splitlines()[0]}") from None
+
+
+def opened(content: bytes, spec: TableSpec, where: str) -> tuple[pq.ParquetFile, int]:
+    """The bytes of a file once their digest is right, its rows not yet read, and the version of its table.
+
+    Raises:
+        DataError: as :func:`decode`.
+    """
     _check_digest(content, where)
     try:
         file = pq.ParquetFile(pa.BufferReader(content))
-        footer = file.metadata.metadata or {}
-        name, version = footer.get(b"certbench.table"), footer.get(b"certbench.version")
-        if name != spec.name.encode():
-            raise DataError(f"{where}: holds the table {_shown(name)}, not {spec.name!r}")
-        known = {str(number).encode(): number for number in range(1, spec.version + 1)}
-        if version not in known:
-            raise DataError(
-                f"{where}: is version {_shown(version)} of the table {spec.name!r}; "
-                f"this certbench reads version {spec.version}"
-            )
-        # An explicit empty schema metadata: what a reader sees is columns, not bookkeeping.
-        return migrated(file.read(use_threads=False).replace_schema_metadata(None), spec, known[version])
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{where}: is not readable Parquet: {str(error).splitlines()[0]}") from None
+    footer = file.metadata.metadata or {}
+    name, version = footer.get(b"certbench.table"), footer.get(b"certbench.version")
+    if name != spec.name.encode():
+        raise DataError(f"{where}: holds the table {_shown(name)}, not {spec.name!r}")
+    known = {str(number).encode(): number for number in range(1, spec.version + 1)}
+    if version not in known:
+        raise DataError(
+            f"{where}: is version {_shown(version)} of the table {spec.name!r}; "
+            f"this certbench reads version {spec.version}"
+        )
+    return file, known[version]
 
 
 def _check_digest(content: bytes, where: str) -> None:

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from certbench.contract import Deployment, Guarantee, Outcome, Verdict
 from certbench.errors import DataError
+from certbench.recipe import is_too_deep
 from certbench.results.schema import table_spec
 
 VERDICTS: tuple[str, ...] = get_args(Verdict)
@@ -63,7 +64,7 @@ def problems_of(table: pa.Table, name: str) -> Iterator[str]:
     """Every rule that a table of that name breaks, one line each; lazily, the first is the cheapest to find."""
     spec = table_spec(name)
     if not table.schema.equals(spec.schema):
-        yield _schema_difference(table.schema, spec.schema)
+        yield schema_difference(table.schema, spec.schema)
         return
     for field in spec.schema:
         if not field.nullable and table.column(field.name).null_count:
@@ -88,7 +89,10 @@ def _has_duplicates(table: pa.Table, key: Sequence[str]) -> bool:
     return bool(np.any(np.diff(np.sort(code)) == 0))
 
 
-def _schema_difference(found: pa.Schema, wanted: pa.Schema) -> str:
+def schema_difference(found: pa.Schema, wanted: pa.Schema) -> str:
+    """What makes the columns of a file others than those wanted, in words."""
+    if len(set(found.names)) != len(found.names):
+        return "has two columns of one name"
     missing = [name for name in wanted.names if name not in found.names]
     unknown = [name for name in found.names if name not in wanted.names]
     if missing or unknown:
@@ -160,6 +164,9 @@ def _recipe_problems(row: Mapping[str, Any]) -> Iterator[str]:
         return
     if not isinstance(recipe, dict) or canonical != row["recipe"]:
         yield "recipe is not a canonical JSON object"
+        return
+    if is_too_deep(recipe):
+        yield "recipe is nested too deeply"
         return
     for column, path in _AGREE.items():
         said: Any = recipe
