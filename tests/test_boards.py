@@ -119,7 +119,29 @@ def test_intervals_over_images_stand_apart_from_spreads_over_seeds(tmp_path: Pat
     assert row.acr.interval[0] < row.acr.mean < row.acr.interval[1]
 
 
+def test_a_board_says_what_proved_its_certificates_where_several_steps_did(tmp_path: Path) -> None:
+    verdicts = [C, C, C, C, U, M, C, C]
+    proofs = ["ibp", "ibp; crown", "crown", "ibp", "", "", "ibp", "=cmd"]
+    add(tmp_path, "a", verdicts, proofs=proofs)
+    board = only(tmp_path)
+    assert "proved by %" in tables.plain(board)
+    assert "ibp 50.00, =cmd 12.50, crown 12.50" in tables.markdown(board)
+    (row,) = csv.DictReader(io.StringIO(records.comma_separated(board)))
+    assert row["proved_by"] == "ibp 50.00, =cmd 12.50, crown 12.50"
+    add(tmp_path / "one", "a", verdicts)
+    assert "proved by" not in tables.markdown(only(tmp_path / "one"))
+    add(tmp_path / "many", "a", [C] * 8, proofs=[f"step {i}" for i in range(8)])
+    assert "step 5 12.50, others 25.00" in tables.markdown(only(tmp_path / "many"))
+
+
 # Smoothed classifiers --------------------------------------------------------------------------------------------------
+
+
+def test_a_smoothed_board_says_how_likely_all_certificates_hold_together(tmp_path: Path) -> None:
+    smoothed(tmp_path, "a", [1000, 990, 950, 800, 600, 400])
+    (row,) = csv.DictReader(io.StringIO(records.comma_separated(only(tmp_path))))
+    assert float(row["alpha_of_all"]) == pytest.approx(6 * float(row["alpha"]))
+    assert "alpha of all" in tables.markdown(only(tmp_path))
 
 
 def test_smoothed_rows_have_boards_of_their_own_with_radii_and_budget(tmp_path: Path) -> None:

@@ -38,9 +38,10 @@ def add(
     cap: str | None = None,
     reference: dict[str, Any] | None = None,
     train: dict[str, Any] | None = None,
+    proofs: list[str] | None = None,
     **changes: Any,
 ) -> None:
-    """One run whose images get these verdicts: certified at the radius, unknown at half of it."""
+    """One run whose images get these verdicts: certified at the radius by ``ibp`` or else, unknown at half of it."""
     store = ResultStore(folder / "results")
     dataset, model, method = (
         changes.get("dataset", "mnist"),
@@ -97,7 +98,7 @@ def add(
             "margin": [1.0 if v == C else -1.0 for v in verdicts],
             "guarantee": "real_arith",
             "deploy": "float32",
-            "proved_by": ["ibp" if v == C else "" for v in verdicts],
+            "proved_by": proofs or ["ibp" if v == C else "" for v in verdicts],
             "passes": 2,
         },
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -9,8 +10,12 @@ from certbench.leaderboard.board import Board
 from certbench.leaderboard.comparison import Published
 from certbench.leaderboard.figures import Figure
 from certbench.leaderboard.row import Row, Standing
+from certbench.stats.smoothing import familywise_level
 
 Line = Row | Published
+
+STEPS = 6
+"""Steps of a certifier that a cell names; the ladders there are have no more that prove much."""
 
 
 @dataclass(frozen=True)
@@ -40,15 +45,16 @@ def columns(board: Board) -> list[Column]:
         Column("images", images),
         Column("rank", lambda row: rank(board.standing(row), board.ranked)),
     ]
-    return [*names, *(_smoothed(board) if board.smoothed else _bounded()), *_COST, *_differences(board)]
+    return [*names, *(_smoothed(board) if board.smoothed else _bounded(board)), *_COST, *_differences(board)]
 
 
-def _bounded() -> list[Column]:
+def _bounded(board: Board) -> list[Column]:
     return [
         Column("clean %", lambda row: percent(row.clean), _published("clean", 2), best="clean"),
         Column(
             "certified %", lambda row: percent(row.certified), _published("certified", 2), best="certified"
         ),
+        *([Column("proved by %", proved_by)] if several_steps(board) else []),
         Column("attacked %", lambda row: percent(row.attacked)),
         Column("audit", audit),
         Column("ACR", lambda row: figure(row.acr, 4) or "incomplete", _published("acr", 4)),
@@ -68,6 +74,8 @@ def _smoothed(board: Board) -> list[Column]:
         Column("ACR", lambda row: figure(row.acr, 4) or "incomplete", _published("acr", 4), best="acr"),
         Column("audit", audit),
         *at,
+        Column("alpha", lambda row: f"{row.sampling.alpha:g}" if row.sampling else ""),
+        Column("alpha of all", lambda row: f"{of_all:g}" if (of_all := familywise(row)) else ""),
         Column("n", budget),
         Column("mean draws", lambda row: number(row.sampling.draws if row.sampling else None, 0)),
         Column("abstained %", abstained),
@@ -158,6 +166,35 @@ def audit(row: Row) -> str:
     seeds = "" if found.seeds == len(row.seeds) else f", {found.seeds} of {len(row.seeds)} seeds"
     unable = ", none can be confirmed" if found.limits else ""
     return f"refuted {found.refuted}{in_float} of {found.tried}{seeds}{unable}"
+
+
+def steps(row: Row) -> dict[str, int]:
+    """How many images each step proved at the recipe's radius, most first; the steps beyond :data:`STEPS` as one.
+
+    What only raised a radius follows a semicolon in rows.
+    """
+    found: Counter[str] = Counter()
+    for proof, count in row.proofs.items():
+        found[proof.split(";")[0]] += count
+    ranked = sorted(found.items(), key=lambda item: (-item[1], item[0]))
+    rest = sum(count for _, count in ranked[STEPS:])
+    return dict(ranked[:STEPS]) | ({"others": rest} if rest else {})
+
+
+def several_steps(board: Board) -> bool:
+    """Whether any row's certificates were proved in more than one way."""
+    return any(len(steps(row)) > 1 for row in (*board.rows, *board.voided))
+
+
+def proved_by(row: Row) -> str:
+    """``ibp 61.20, crown 3.45``: the shares of all images that each step proved, in percent."""
+    total = sum(row.verdicts.values())
+    return ", ".join(f"{step} {100 * count / total:.2f}" for step, count in steps(row).items())
+
+
+def familywise(row: Row) -> float | None:
+    """A bound on the probability that any certificate of a run is wrong."""
+    return familywise_level(row.sampling.alpha, row.images) if row.sampling else None
 
 
 def failed(row: Row) -> str:

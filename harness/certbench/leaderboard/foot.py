@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from certbench.leaderboard.board import Board
+from certbench.leaderboard.columns import several_steps
 from certbench.leaderboard.row import Audited, Row
 from certbench.stats.binomial import quantile
 from certbench.stats.ranks import LEVEL
@@ -70,12 +71,14 @@ def _meaning(board: Board) -> Iterable[str]:
             "> 0 and ≥ r: images that are right with a certified radius above 0, or of at least r, percent; mean over "
             "seeds ± sample standard deviation. ACR: mean certified radius over all images, wrong and abstained ones "
             "counting 0. n: draws behind a certificate; no radius exceeds what n draws can prove, so ACRs of different "
-            "n are not compared. mean draws: all draws of an image."
+            "n are not compared. alpha of all: the probability that any certificate of a run is wrong is at most that. "
+            "mean draws: all draws of an image."
         )
         return
     yield (
         "clean and certified: mean over seeds ± sample standard deviation, percent of images. ACR: mean certified "
         "radius over all images, up to the cap, misclassified ones counting 0; incomplete where a radius is unknown."
+        + (" proved by: the shares of certified that each step proved." if several_steps(board) else "")
     )
 
 

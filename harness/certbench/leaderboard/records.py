@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from certbench.leaderboard.board import Board
+from certbench.leaderboard.columns import familywise, proved_by
 from certbench.leaderboard.comparison import Cell, Published
 from certbench.leaderboard.escape import csv_cell
 from certbench.leaderboard.figures import Figure
@@ -75,9 +76,11 @@ def _measured(board: Board, row: Row) -> dict[str, Any]:
         "refuted_in_float": audit.refuted_in_float if audit else None,
         "attacks": " ".join(f"{name}:{digest}" for name, digest, _ in audit.attacks) if audit else None,
         "alpha": sampling.alpha if sampling else None,
+        "alpha_of_all": familywise(row),
         "n": " ".join(map(str, sampling.n)) if sampling else None,
         "mean_draws": sampling.draws if sampling else None,
         **row.verdicts,
+        "proved_by": proved_by(row) if not board.smoothed else None,
         "train_seconds": row.train_seconds,
         "certify_seconds": row.certify_seconds,
         "devices": "; ".join(row.devices),

@@ -255,6 +255,7 @@ def _draws(row: Row) -> list[tuple[str, str]]:
     return [
         ("sigma", f"{row.sampling.sigma:g}"),
         ("alpha, for each image", f"{row.sampling.alpha:g}"),
+        ("alpha, for all together", f"{c.familywise(row):g}"),
         ("draws n", c.budget(row)),
         ("mean draws of an image", c.number(row.sampling.draws, 0)),
         ("exact noise", "yes" if row.sampling.exact_noise else "no"),
