@@ -143,6 +143,8 @@ def identified(folder: Path, **changes: Any) -> str:
         table = source.certificates(run_id, certifier, settings)
         columns = {name: table.column(name).to_pylist() for name in table.column_names}
         columns["index"] = index or columns["index"]
+        if columns["generator_key"][0]:
+            columns["generator_key"] = noise_key(identity, "cpu")
         store.write_certificates(identity, certifier, settings, columns | {"run_id": identity})
     for path in scratch.rglob("*.parquet"):
         path.unlink()
