@@ -144,6 +144,13 @@ def test_a_smoothed_board_says_how_likely_all_certificates_hold_together(tmp_pat
     assert "alpha of all" in tables.markdown(only(tmp_path))
 
 
+def test_of_seeds_with_fewer_images_the_run_with_most_counts_for_alpha_of_all(tmp_path: Path) -> None:
+    smoothed(tmp_path, "a", [1000] * 6)
+    smoothed(tmp_path, "b", [1000] * 4, seed=1)
+    (row,) = csv.DictReader(io.StringIO(records.comma_separated(only(tmp_path))))
+    assert float(row["alpha_of_all"]) == pytest.approx(6 * float(row["alpha"]))
+
+
 def test_smoothed_rows_have_boards_of_their_own_with_radii_and_budget(tmp_path: Path) -> None:
     hits = [1000, 990, 950, 800, 600, 400]
     smoothed(tmp_path, "a", hits)
@@ -575,6 +582,23 @@ def test_a_missing_folder_and_an_unreadable_file_are_one_line(tmp_path: Path) ->
 
 
 # Submitters ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_contradiction_is_the_submission_s_and_never_ours(tmp_path: Path) -> None:
+    """Whichever file comes first by name."""
+    add(tmp_path, "a", [C, U])
+    store = ResultStore(tmp_path / "results")
+    store.write_submission(
+        {"run_id": "a" * 16, "submitter": "A Lab", "bundle_digest": "0" * 64, "rechecked": 0}
+    )
+    add(tmp_path, "b", [C, U])
+    path = next(path for path in store.paths("certificates") if path.name.startswith("a"))
+    rows = store.load("certificates", path).to_pylist()
+    path.unlink()
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    store.write_certificates("a" * 16, "ibp", SETTINGS, columns | {"image_digest": ["f0", "f1"]})
+    with pytest.raises(DataError, match="run aaaaaaaaaaaaaaaa.*is another image than in other runs"):
+        boards(store)
 
 
 def test_rows_of_a_submitter_stand_apart_and_say_so(tmp_path: Path) -> None:

@@ -6,15 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
-from bundles import export, here, take_in
+from bundles import export, here, rewritten, take_in, with_rows
 from click.testing import CliRunner
-from stores import C, U, identified
+from stores import REFERENCE, C, U, identified, time
 
 from certbench.cli.results import command
 from certbench.data.catalog import DATASETS, DatasetInfo
 from certbench.errors import DataError, FoundError
 from certbench.leaderboard.board import boards, obstacles
+from certbench.leaderboard.tables import markdown
 from certbench.plugins import Plugins
 from certbench.results.bundle import Refused, export_runs, unpack
 from certbench.results.joining import join
@@ -64,6 +66,59 @@ def test_an_image_that_the_data_set_does_not_have_is_refused(
     tmp_path: Path, changes: dict[str, Any], reason: str
 ) -> None:
     assert reason in reasons(sent(tmp_path, **changes), tmp_path)
+
+
+def test_an_image_between_those_of_its_protocol_is_refused(tmp_path: Path) -> None:
+    bundle = sent(tmp_path, hits=[900] * 3, index=[0, 20, 40], **EVERY_20)
+    between = with_rows("certificates", lambda rows: [*rows[:2], rows[2] | {"index": 41}])
+    assert "image 41 is not among every 20th" in reasons(rewritten(bundle, between), tmp_path)
+
+
+UNTOUCHED = {"verdict": "not_run", "radius": None, "prediction": None, "margin": None, "proved_by": ""}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"reference": REFERENCE, "radius": "2/255"}, {"hits": [900] * 3, **SMOOTHING}]
+)
+def test_a_run_of_which_nothing_was_certified_leaves_the_boards_buildable(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    bundle = sent(tmp_path, **changes)
+    nothing = with_rows("certificates", lambda rows: [row | UNTOUCHED for row in rows])
+    take_in(rewritten(bundle, nothing), tmp_path)
+    (board,) = boards(here(tmp_path))
+    assert board.rows[0].images == 0
+    assert markdown(board)
+
+
+@pytest.mark.parametrize(
+    ("counts", "reason"),
+    [
+        ({"n": 0, "k": 0, "radius": 0.0, "verdict": "abstain", "proved_by": ""}, "decided without a draw"),
+        ({"n": 2**62, "k": 2**62, "draws": 2**63 - 1}, "a count is larger than 2^53"),
+        ({"radius": 1e308}, "radius is larger than 1e+09"),
+    ],
+)
+def test_numbers_that_boards_cannot_reckon_with_are_refused(
+    tmp_path: Path, counts: dict[str, Any], reason: str
+) -> None:
+    bundle = sent(tmp_path, hits=[900] * 3, **SMOOTHING)
+    change = with_rows("certificates", lambda rows: [row | counts for row in rows])
+    assert reason in reasons(rewritten(bundle, change), tmp_path)
+
+
+def test_seconds_and_noise_that_boards_cannot_add_up_are_refused(tmp_path: Path) -> None:
+    run_id = identified(tmp_path / "there", seed=1)
+    time(tmp_path / "there", run_id[:1], "train", 1.0)
+    timings = next((tmp_path / "there" / "results" / "timings").iterdir())
+    rows = pq.read_table(timings).to_pylist()
+    timings.unlink()
+    ResultStore(tmp_path / "there" / "results").write_timing(rows[0] | {"run_id": run_id})
+    bundle = export(tmp_path, run_id)
+    endless = with_rows("timings", lambda rows: [row | {"seconds": 1e308} for row in rows])
+    assert "seconds = 1e+308 is not a duration" in reasons(rewritten(bundle, endless), tmp_path)
+    with pytest.raises(DataError, match=r"sigma = 1e\+300 is not a positive number up to"):
+        identified(tmp_path / "there", hits=[900] * 3, sigma=1e300, **SMOOTHING)
 
 
 @pytest.mark.parametrize(
@@ -139,8 +194,8 @@ def test_another_version_than_the_known_one_is_refused(tmp_path: Path) -> None:
         ({"protocol": "linf-1 "}, "is of protocol 'linf-1 ', and its recipe of 'linf-1'"),
         ({"hits": [900] * 3, **SMOOTHING, "protocol": "l2-fixed-1 "}, "is of protocol 'l2-fixed-1 '"),
         (
-            {"hits": [900] * 3, **EVERY_20, **SMOOTHING},
-            "is of protocol 'l2-fixed-1-every-20', and its recipe of 'l2-fixed-1'",
+            {"hits": [900] * 3, **SMOOTHING, "protocol": "l2-fixed-1-every-20", "stride": 20},
+            "its recipe of 'l2-fixed-1'",
         ),
         ({"dataset": "x" * 210}, "has a name too long for a file"),
     ],

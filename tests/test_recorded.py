@@ -13,10 +13,11 @@ from certbench.cli import main
 from certbench.contract import SilentReporter
 from certbench.errors import RunError, UsageError
 from certbench.plugins import installed
+from certbench.recipe import CORE_NUMERICS
 from certbench.recorded import certify_again, load_run
 from certbench.results.store import ResultStore
 from certbench.run import RunOutcome, run_recipe
-from certbench.stages.train import find_trained, training_id
+from certbench.stages.train import TAKEN, Trained, find_trained, training_id
 
 pytestmark = pytest.mark.skipif(
     "fast-ibp" not in installed().methods(), reason="certbench-fast-ibp is not installed"
@@ -154,9 +155,75 @@ def test_another_training_is_not_shared(
     run = load_run(first.run_id, out, device="cpu").run
     same = training_id(run.recipe.canonical(), run.dataset.digest, run.owned.card.numerics)
     other = installed().find_recipe("fast-ibp/digits-linf-0.1", [*OTHERWISE[:2], change])
-    assert find_trained(run.store, out / "runs", "another", same) is not None
+    assert find_trained(run.store, out / "runs", "another", same, run.applicability.structure) is not None
     assert training_id(other.canonical(), run.dataset.digest, run.owned.card.numerics) != same
-    assert find_trained(run.store, tmp_path, "another", same) is None  # its checkpoints are gone
+    away = find_trained(run.store, tmp_path, "another", same, run.applicability.structure)
+    assert away is None  # its checkpoints are gone
+
+
+def test_a_training_of_other_numerics_or_of_a_network_built_otherwise_is_not_shared(
+    finished: tuple[Path, RunOutcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, first = finished
+    run = load_run(first.run_id, out, device="cpu").run
+
+    def found(structure: str) -> Trained | None:
+        wanted = training_id(run.recipe.canonical(), run.dataset.digest, run.owned.card.numerics)
+        return find_trained(run.store, out / "runs", "another", wanted, structure)
+
+    assert found(run.applicability.structure) is not None
+    assert found("0" * 16) is None
+    monkeypatch.setattr("certbench.stages.train.CORE_NUMERICS", CORE_NUMERICS + 1)
+    assert found(run.applicability.structure) is None
+
+
+@pytest.mark.parametrize("harm", ["gone", "cut short"])
+def test_a_run_whose_checkpoints_are_no_longer_its_own_is_not_taken(
+    finished: tuple[Path, RunOutcome], tmp_path: Path, harm: str
+) -> None:
+    out, first = finished
+    shared = tmp_path / "out"
+    shutil.copytree(out, shared)
+    for checkpoint in (shared / "runs" / first.run_id).glob("epoch-*"):
+        if harm == "gone":
+            checkpoint.unlink()
+        elif checkpoint.suffix == ".safetensors":
+            checkpoint.write_bytes(checkpoint.read_bytes()[:-1])
+    said = Sayings()
+    second = run_recipe(
+        "fast-ibp/digits-linf-0.1", out=shared, device="cpu", overrides=OTHERWISE, attack=None, reporter=said
+    )
+    assert any("trained anew" in line for line in said.lines)
+    assert not (second.folder / TAKEN).exists()
+    store = ResultStore(shared / "results")
+    timings = store.read("timings").to_pandas().query("stage == 'train'").set_index("run_id")
+    assert timings.loc[first.run_id, "started_at"] != timings.loc[second.run_id, "started_at"]
+
+
+def test_taking_a_network_that_was_broken_off_is_begun_again(
+    finished: tuple[Path, RunOutcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, first = finished
+    shared = tmp_path / "out"
+    shutil.copytree(out, shared)
+
+    def take() -> RunOutcome:
+        return run_recipe(
+            "fast-ibp/digits-linf-0.1", out=shared, device="cpu", overrides=OTHERWISE, attack=None
+        )
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for step in ("copy_cost", "adopt"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"certbench.run.{step}", stopped)
+            with pytest.raises(KeyboardInterrupt):
+                take()
+    second = take()
+    timings = ResultStore(shared / "results").read("timings").to_pandas().query("stage == 'train'")
+    seconds = timings.groupby("run_id")["seconds"].sum()
+    assert seconds[second.run_id] == seconds[first.run_id]
 
 
 class Sayings(SilentReporter):

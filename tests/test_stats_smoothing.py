@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from time import perf_counter
 
 import numpy as np
 import pytest
@@ -144,6 +145,13 @@ def test_levels_over_a_test_set() -> None:
     assert allowed_refutations(500, 0.001) == 4
     assert stats.binom.sf(allowed_refutations(10_000, 0.001), 10_000, 0.001) <= 0.001
     assert allowed_refutations(0, 0.001) == 0
+
+
+def test_the_rule_is_found_quickly_however_many_images_and_audits_are_claimed() -> None:
+    """A bundle may claim both; counting up to the answer would take hours."""
+    images, began = 2_000_000, perf_counter()
+    assert 0 < allowed_refutations(images, 0.4, 10_000) <= images
+    assert perf_counter() - began < 60
 
 
 def exceeded(allowed: int, images: int, alpha: float, tests: int, level: float) -> float:

@@ -13,7 +13,7 @@ import pytest
 from bundles import Change, export, rewritten, signed, with_file, written
 from stores import identified
 
-from certbench.errors import DataError
+from certbench.errors import DataError, UsageError
 from certbench.results import bundle
 from certbench.results.bundle import BUNDLE, Refused, unpack
 from certbench.results.files import _MARK, decode, encode
@@ -186,6 +186,41 @@ def test_a_file_inside_is_bounded_as_the_bundle_is(
     monkeypatch.setattr(bundle, "MAX_FILE_BYTES", 2 * MB)
     hostile: Change = with_file("certificates", change)
     assert reason in refused(rewritten(packed, hostile).read_bytes(), tmp_path)
+
+
+def zigzag(number: int) -> bytes:
+    """A whole number as Thrift's compact encoding writes it."""
+    number, found = 2 * number, []
+    while number > 127:
+        found.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*found, number])
+
+
+def test_a_field_of_another_kind_than_the_format_names_is_refused(packed: Path, tmp_path: Path) -> None:
+    """Where the place of the dictionary is written as a number of 32 bits, pyarrow passes over it, and would read other
+    pages than those that were measured."""
+    store = unpack(packed, tmp_path / "unpacked").store
+    content = bytearray(store.paths("certificates")[0].read_bytes())
+
+    def column() -> pq.ColumnChunkMetaData:
+        return pq.ParquetFile(pa.BufferReader(bytes(content))).metadata.row_group(0).column(0)
+
+    data, dictionary = column().data_page_offset, column().dictionary_page_offset
+    place = bytes(content).rindex(b"\x26" + zigzag(data) + b"\x26" + zigzag(dictionary))
+    content[place + 1 + len(zigzag(data))] = 0x25
+    assert not column().has_dictionary_page
+    with pytest.raises(DataError, match="not laid out as certbench writes files"):
+        measure(signed(bytes(content)), CERTIFICATES, Bounds(1000, MB))
+
+
+def test_a_bundle_holds_no_more_runs_than_boards_can_compare(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundle, "MAX_RUNS", 0)
+    assert "holds more than 0 runs" in refused(packed.read_bytes(), tmp_path)
+    with pytest.raises(UsageError, match="export fewer runs"):
+        export(tmp_path, next((tmp_path / "there/results/runs").iterdir()).stem)
 
 
 def test_every_table_has_its_own_number_of_rows(packed: Path, tmp_path: Path) -> None:

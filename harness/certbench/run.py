@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -57,8 +58,8 @@ from certbench.stages.train import (
     NETWORK,
     STRUCTURE,
     TEACHER,
-    Trained,
     adopt,
+    copy_checkpoints,
     copy_cost,
     find_trained,
     training_id,
@@ -248,29 +249,47 @@ class Run:
         Where another run of the store differs in ``[certify]`` alone, its network is taken, and what that one cost.
         """
         teacher = self._ready_teacher()  # its training is not the student's, and has a timing of its own
-        taken = self._take_trained()
-        timer = self._timer("train")
-        network = self.trained(teacher=teacher)
-        if not self.store.has_run(self.id):
-            if taken is not None and taken.digest == network_digest(network):
-                copy_cost(self.store, taken, self.id)
-            else:
+        network = self._taken()
+        if network is None:
+            timer = self._timer("train")
+            network = self.trained(teacher=teacher)
+            if not self.store.has_run(self.id):
                 timer.record()
         self.store.write_run(self._run_row(network))  # refuses another network than the recorded one
         save_network(self.folder / NETWORK, network)
         write_json(self.folder / CARD, self.card.model_dump())
         return network
 
-    def _take_trained(self) -> Trained | None:
-        """The run whose checkpoints now are this one's too; None where this one has some, or there is no such run."""
+    def _taken(self) -> nn.Module | None:
+        """The network of another run that was trained in the same way, whose checkpoints now are this one's too.
+
+        None where this run has checkpoints, where there is no such run, or where its checkpoints are no longer those of
+        the network that it recorded.
+        """
         if self.store.has_run(self.id) or any(self.folder.glob("epoch-*")):
             return None
         wanted = training_id(self.recipe.canonical(), self.dataset.digest, self.owned.card.numerics)
-        found = find_trained(self.store, self.folder.parent, self.id, wanted)
-        if found is not None:
-            self.reporter.say(f"{self.recipe.name}: trained like run {found.run_id}; its network is taken")
-            adopt(found, self.folder)
-        return found
+        structure = self.applicability.structure
+        found = find_trained(self.store, self.folder.parent, self.id, wanted, structure)
+        if found is None:
+            return None
+        copied = copy_checkpoints(found, self.folder)
+        try:
+            network = self.trained(only_load=True, folder=copied)
+            is_recorded = network_digest(network) == found.digest
+        except RunError:  # gone, unfinished or damaged
+            is_recorded = False
+        if not is_recorded:
+            shutil.rmtree(copied)
+            self.reporter.say(
+                f"{self.recipe.name}: trained like run {found.run_id}, whose checkpoints no longer hold the network that "
+                "it recorded; trained anew"
+            )
+            return None
+        self.reporter.say(f"{self.recipe.name}: trained like run {found.run_id}; its network is taken")
+        copy_cost(self.store, found, self.id)
+        adopt(copied, self.folder)
+        return network
 
     @property
     def card(self) -> NetworkCard:
@@ -293,14 +312,19 @@ class Run:
         write_json(self.folder / TEACHER, known)
         return teacher
 
-    def trained(self, only_load: bool = False, teacher: Teacher | None = None) -> nn.Module:
-        """The network in evaluation mode, from the plugin, which trains only what its checkpoints do not hold."""
+    def trained(
+        self, only_load: bool = False, teacher: Teacher | None = None, folder: Path | None = None
+    ) -> nn.Module:
+        """The network in evaluation mode, from the plugin, which trains only what its checkpoints do not hold.
+
+        They lie in the run's own folder unless another is named.
+        """
         task = TrainTask(
             recipe=self.recipe,
             settings=self.plugins.settings(self.recipe),
             dataset=self.dataset,
             device=self.device,
-            folder=self.folder,
+            folder=folder or self.folder,
             build_network=self.build_network,
             reporter=self.reporter,
             only_load=only_load,

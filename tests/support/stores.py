@@ -124,7 +124,7 @@ def identified(folder: Path, **changes: Any) -> str:
     dataset = changes.get("dataset", "cifar10" if "hits" in changes else "mnist")
     if dataset in DATASETS:
         changes.setdefault("dataset_digest", DATASETS[dataset].digest)
-    certify, index = changes.pop("certify", {}), changes.pop("index", None)
+    certify, index, asked = changes.pop("certify", {}), changes.pop("index", None), set(changes)
     scratch = folder / "scratch"
     if "hits" in changes:
         smoothed(scratch, "a", changes.pop("hits"), **changes)
@@ -143,7 +143,7 @@ def identified(folder: Path, **changes: Any) -> str:
         table = source.certificates(run_id, certifier, settings)
         columns = {name: table.column(name).to_pylist() for name in table.column_names}
         columns["index"] = index or columns["index"]
-        if columns["generator_key"][0]:
+        if "hits" in asked:
             columns["generator_key"] = noise_key(identity, "cpu")
         store.write_certificates(identity, certifier, settings, columns | {"run_id": identity})
     for path in scratch.rglob("*.parquet"):

@@ -209,8 +209,9 @@ def _scale(metric: str, published: Figure, measured: Figure, row: Row) -> tuple[
     if metric == "acr":
         low, high = measured.interval or (measured.mean, measured.mean)
         return "images", (high - low) / (2 * 1.959964)
-    share = min(max(published.mean / 100, 0.5 / row.images), 1 - 0.5 / row.images)
-    return "images", 100 * math.sqrt(share * (1 - share) / row.images)
+    images = max(1, row.images)  # of a row that was never run nothing is known, not even this
+    share = min(max(published.mean / 100, 0.5 / images), 1 - 0.5 / images)
+    return "images", 100 * math.sqrt(share * (1 - share) / images)
 
 
 def _published(source: str, row: Row, figures: Iterable[PublishedFigure]) -> Published:

@@ -53,7 +53,7 @@ def _settings(rows: Sequence[Row]) -> Iterable[str]:
 
 
 def _sampling(rows: Sequence[Row]) -> Iterable[str]:
-    sampled = [row for row in rows if row.sampling is not None]
+    sampled = [row for row in rows if row.sampling is not None and row.images]
     for alpha in sorted({row.sampling.alpha for row in sampled if row.sampling}):
         images = max(row.images for row in sampled if row.sampling and row.sampling.alpha == alpha)
         wrong = quantile(images, alpha, 1 - VOID_LEVEL)

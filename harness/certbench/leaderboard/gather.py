@@ -51,8 +51,8 @@ class Entry:
 
 
 def gather(store: ResultStore) -> tuple[list[Entry], list[str]]:
-    """Every run of a store by every certifier, in the order of their files; and, one line each, where rows contradict
-    others, whose entries are left out.
+    """Every run of a store by every certifier, in the order of their files, submitted ones last; and, one line each, where
+    rows contradict others before them, whose entries are left out. So a submission is never what ours are held against.
 
     Raises:
         UsageError: the store holds no certificates.
@@ -68,6 +68,7 @@ def gather(store: ResultStore) -> tuple[list[Entry], list[str]]:
     runs, submissions = (
         {row["run_id"]: row for row in _read(store, table).to_pylist()} for table in ("runs", "submissions")
     )
+    certificates.sort(key=lambda path: path.name.partition("-")[0] in submissions)
     cost = costs(_read(store, "timings"))
     check = CrossCheck(runs)
 

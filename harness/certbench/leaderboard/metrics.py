@@ -147,7 +147,8 @@ def _sampling(shard: pa.Table) -> Sampling | None:
     n, k = shard.column("n"), shard.column("k")
     if sigma is None or alpha is None or n.null_count == len(n):
         return None
-    share = pc.divide(pc.cast(k, pa.float64()), pc.cast(n, pa.float64())).drop_null().to_numpy()
+    drawn = pc.fill_null(pc.greater(n, 0), False)  # what failed may have no draw
+    share = pc.divide(*(pc.cast(each.filter(drawn), pa.float64()) for each in (k, n))).drop_null().to_numpy()
     hits = np.bincount(np.minimum((share * PA_BINS).astype(int), PA_BINS - 1), minlength=PA_BINS)
     draws = pc.mean(shard.column("draws")).as_py()
     return Sampling(

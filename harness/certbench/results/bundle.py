@@ -38,6 +38,8 @@ MAX_BUNDLE_BYTES = 2**30
 MAX_RATIO = 100
 """By how many times a bundle may unfold, besides its first MiB: the files inside are compressed already."""
 MAX_FILES = 100_000
+MAX_RUNS = 1_000
+"""Every row of a board is compared with every other, and their recipes lie in memory together."""
 MAX_ROWS = {"runs": 1, "certificates": 2_000_000, "audits": 2_000_000, "timings": 10_000}
 """Of one file of a table."""
 MAX_FILE_BYTES = 2**29
@@ -108,9 +110,10 @@ def export_runs(store: ResultStore, run_ids: Sequence[str], path: Path, submitte
     }
     text = json.dumps(manifest, sort_keys=True, ensure_ascii=False).encode()
     lines = [(MANIFEST, 1, text), *files]
-    if len(lines) > MAX_FILES or sum(len(content) for _, _, content in lines) > MAX_BUNDLE_BYTES:
+    size = sum(len(content) for _, _, content in lines)
+    if len(lines) > MAX_FILES or len(wanted) > MAX_RUNS or size > MAX_BUNDLE_BYTES:
         raise UsageError(
-            f"these are more than the {MAX_BUNDLE_BYTES >> 20} MiB of a bundle; export fewer runs"
+            f"these are more than the {MAX_RUNS} runs or {MAX_BUNDLE_BYTES >> 20} MiB of a bundle; export fewer runs"
         )
     table = pa.table(
         {
@@ -260,8 +263,12 @@ def _submitter_problem(name: str) -> str | None:
 def _lay_out(store: ResultStore, lines: Iterable[Mapping[str, Any]], reasons: list[str]) -> int:
     """Place the bundle's files one after the other, and count them; whatever is wrong with one joins ``reasons``."""
     names: set[str] = set()
-    number = unfolded = 0
+    number = unfolded = runs = 0
     for number, line in enumerate(lines, 1):
+        runs += line["table"] == "runs"
+        if runs > MAX_RUNS:
+            reasons.append(f"holds more than {MAX_RUNS} runs")
+            return number
         if line["table"] not in PACKED:
             reasons.append(f"holds a table {line['table'][:40]!r}, which no bundle has")
             continue

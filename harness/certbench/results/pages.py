@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from certbench.errors import DataError
-from certbench.results.thrift import Compact
+from certbench.results.thrift import Compact, Int32
 
 MAX_FOOTER = 2**20
 """Bytes; certbench's own is a tenth of it at most, since a parsed one takes many times its size."""
@@ -73,7 +73,8 @@ def _column(fields: Any, rows: int, end: int) -> tuple[int, int]:
     about = fields.get(3) if isinstance(fields, dict) and not set(fields) - {2, 3} else None
     if not isinstance(about, dict):
         raise DataError(_FOREIGN)
-    codec, values, length, start, dictionary = _counts({11: 0} | about, 4, 5, 7, 9, 11)
+    (codec,) = _counts(about, 4, kind=Int32)
+    values, length, start, dictionary = _counts({11: 0} | about, 5, 7, 9, 11)
     begin = dictionary if 0 < dictionary < start else start
     if codec != _ZSTD or values != rows:
         raise DataError(_FOREIGN)
@@ -123,19 +124,22 @@ def _pages(content: bytes, place: int, end: int, rows: int, dictionaries: bool) 
 
 def _page(header: Mapping[int, Any]) -> tuple[int, int, int, int]:
     """Kind, size once decompressed, size as stored, number of values."""
-    kind, unfolded, stored = _counts(header, 1, 2, 3)
+    kind, unfolded, stored = _counts(header, 1, 2, 3, kind=Int32)
     if kind not in _ENCODINGS:
         raise DataError("has a page of a kind that certbench does not write")
-    count, encoding = _counts(header.get(5 if kind == _DATA else 7), 1, 2)
+    count, encoding = _counts(header.get(5 if kind == _DATA else 7), 1, 2, kind=Int32)
     if encoding not in _ENCODINGS[kind]:
         raise DataError("has a page in an encoding that certbench does not write")
     return kind, unfolded, stored, count
 
 
-def _counts(fields: Any, *numbers: int) -> list[int]:
-    """Fields that are whole numbers from 0, as far as 32 bits go: a reader may cut off what is larger."""
+def _counts(fields: Any, *numbers: int, kind: type[int] = int) -> list[int]:
+    """Fields that are whole numbers from 0, as far as 32 bits go: a reader may cut off what is larger.
+
+    They are of the very ``kind`` that the format names, since pyarrow passes over a field of another.
+    """
     values = [fields.get(number) for number in numbers] if isinstance(fields, dict) else []
-    found = [value for value in values if type(value) is int and 0 <= value < 2**31]
+    found = [value for value in values if type(value) is kind and 0 <= value < 2**31]
     if len(found) != len(numbers):
         raise DataError(_FOREIGN)
     return found

@@ -31,6 +31,13 @@ KINDS = ("recipe_radius", "certified_radius", "recount")
 FAILURES = ("error", "timeout", "not_run")
 """Verdicts of images that were not decided: no radius, and no prediction, need be known."""
 
+LARGEST = 1e9
+"""No noise, and no distance between images, is larger in units of the pixel range; sums of such numbers stay numbers."""
+LONGEST = 1e12
+"""Seconds that no stage takes."""
+MOST = 2**53
+"""Draws that no certificate takes; float64 holds every count up to it."""
+
 RUN_ID = re.compile(r"[0-9a-f]{16}")
 DIGEST = re.compile(r"[0-9a-f]{8,64}")
 FRACTION = re.compile(r"[0-9]{1,18}(/[0-9]{1,18})?")
@@ -135,8 +142,8 @@ def _run_problems(row: Mapping[str, Any]) -> Iterator[str]:
     for name, least in (("numerics", 1), ("parameters", 0), ("seed", 0), ("epochs", 0)):
         if row[name] < least:
             yield f"{name} = {row[name]} lies below {least}"
-    if row["sigma"] is not None and not (math.isfinite(row["sigma"]) and row["sigma"] > 0):
-        yield f"sigma = {row['sigma']} is not a positive number"
+    if row["sigma"] is not None and not 0 < row["sigma"] <= LARGEST:
+        yield f"sigma = {row['sigma']} is not a positive number up to {LARGEST:g}"
     yield from _radius_problems(row)
     yield from _recipe_problems(row)
 
@@ -200,6 +207,9 @@ def _certificate_rules(table: pa.Table) -> Iterator[str]:
         "passes is negative": lambda: pc.less(column("passes"), 0),
         "radius is not finite": lambda: pc.invert(pc.is_finite(radius)),
         "radius is negative": lambda: pc.less(radius, 0.0),
+        f"radius is larger than {LARGEST:g}": lambda: pc.and_(
+            pc.greater(radius, LARGEST), pc.is_finite(radius)
+        ),
         "radius is null though the image was decided": lambda: pc.and_(pc.is_null(radius), pc.invert(failed)),
         "margin is not a number": lambda: pc.or_(pc.is_nan(margin), pc.equal(margin, math.inf)),
         "is certified with a prediction that is not the label": lambda: pc.and_(
@@ -223,8 +233,13 @@ def _certificate_rules(table: pa.Table) -> Iterator[str]:
             pc.and_(pc.greater(column("alpha"), 0.0), pc.less(column("alpha"), 0.5)), column("alpha")
         ),
         "k exceeds n": lambda: pc.greater(column("k"), column("n")),
-        "a count is negative": lambda: _any_negative(
-            table, ("n0", "n", "k", "draws", "straddling", "enumerated")
+        "a count is negative": lambda: _any(
+            lambda values: pc.less(values, 0),
+            table,
+            ("n0", "n", "k", "draws", "straddling", "enumerated"),
+        ),
+        "a count is larger than 2^53": lambda: _any(
+            lambda values: pc.greater(values, MOST), table, ("n0", "n", "k", "draws")
         ),
     }
     for problem, mask in broken.items():
@@ -265,8 +280,8 @@ def _unless(good: Any, values: Any) -> Any:
     return pc.invert(pc.and_(good, pc.is_finite(values)))
 
 
-def _any_negative(table: pa.Table, names: tuple[str, ...]) -> Any:
-    masks = [pc.fill_null(pc.less(table.column(name), 0), False) for name in names]
+def _any(is_broken: Callable[[Any], Any], table: pa.Table, names: tuple[str, ...]) -> Any:
+    masks = [pc.fill_null(is_broken(table.column(name)), False) for name in names]
     total = masks[0]
     for mask in masks[1:]:
         total = pc.or_(total, mask)
@@ -324,7 +339,7 @@ def _timing_problems(row: Mapping[str, Any]) -> Iterator[str]:
         yield "a stage is train, or certify-<certifier> or audit-<certifier>-... with 8 digits of a settings digest"
     if row["shard"] < 0:
         yield "shard is negative"
-    if not (math.isfinite(row["seconds"]) and row["seconds"] >= 0):
+    if not 0 <= row["seconds"] <= LONGEST:
         yield f"seconds = {row['seconds']} is not a duration"
     if row["peak_memory_bytes"] is not None and row["peak_memory_bytes"] < 0:
         yield "peak_memory_bytes is negative"

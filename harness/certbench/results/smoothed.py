@@ -54,10 +54,12 @@ def _count_problems(shard: pa.Table, run: Mapping[str, Any]) -> Iterator[str]:
     stride = stride_of(run["protocol"])
     counted = pc.add(shard.column("n"), shard.column("n0").fill_null(0))
     too_many = pc.fill_null(pc.greater(counted, shard.column("draws")), False)
+    undrawn = pc.fill_null(pc.and_(pc.less(shard.column("n"), 1), pc.is_valid(shard.column("radius"))), False)
     broken = {
         f"is not among every {stride}th, which its protocol names": rows["index"] % stride != 0,
         f"has another sigma than its run's {run['sigma']}": rows["sigma"] != run["sigma"],
         "has an alpha of its own": rows["alpha"] != rows["alpha"][0],
+        "is decided without a draw": undrawn.to_numpy(),
         "counts more draws than were made": too_many.to_numpy(),
     }
     yield from _first_of_each(rows["index"], broken)

@@ -10,6 +10,11 @@ _DEPTH = 8
 """Of structs and lists in each other; Parquet's own are no deeper."""
 
 
+class Int32(int):
+    """A whole number that was written as one of 32 bits: a reader that wants one of 64 takes it for absent, and the other
+    way round."""
+
+
 class Compact:
     """Reads structs from ``content`` between ``place``, which moves on, and ``end``; it never looks beyond.
 
@@ -20,7 +25,8 @@ class Compact:
         self._content, self.place, self._end = memoryview(content), place, end
 
     def struct(self, depth: int = 0) -> dict[int, Any]:
-        """Whole numbers as ``int``, text as ``memoryview``, structs as ``dict`` and lists as ``list``.
+        """Whole numbers of 64 bits as ``int`` and of 32 as :class:`Int32`, those of fewer as None, text as ``memoryview``,
+        structs as ``dict`` and lists as ``list``.
 
         Raises:
             DataError: not a struct, too deep, or not at an end before ``end``.
@@ -39,10 +45,12 @@ class Compact:
 
     def _value(self, kind: int, depth: int) -> Any:
         if kind in (1, 2, 3):  # in lists truth values are bytes
-            return self._byte()
+            self._byte()
+            return None
         if kind in (4, 5, 6):
             value = self._varint()
-            return (value >> 1) ^ -(value & 1)
+            value = (value >> 1) ^ -(value & 1)
+            return {4: None, 5: Int32(value), 6: value}[kind]
         if kind == 7:
             return self._bytes(8)
         if kind == 8:

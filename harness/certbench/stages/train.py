@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,10 @@ STRUCTURE = "structure.txt"
 TEACHER = "teacher.json"
 """The file of a run that names whom its network learnt from."""
 
-_OWN = (NETWORK, CARD, STRUCTURE, TEACHER, "error.txt", "*.partial", "certify-*")
+TAKEN = "taken.partial"
+"""Where checkpoints of another run are put until they are known to hold its network."""
+
+_OWN = (NETWORK, CARD, STRUCTURE, TEACHER, "error.txt", "*.partial", "certify-*", ".*")
 """What a run writes beside the checkpoints, and what is left of work that was broken off."""
 
 
@@ -42,39 +44,62 @@ def training_id(content: Mapping[str, Any], data_digest: str, numerics: int) -> 
     return identify(training, data_digest, (CORE_NUMERICS, numerics), "")
 
 
-def find_trained(store: ResultStore, runs: Path, run_id: str, wanted: str) -> Trained | None:
-    """Another run of this harness with that training id, whose checkpoints are still in the folder ``runs``."""
+def find_trained(store: ResultStore, runs: Path, run_id: str, wanted: str, structure: str) -> Trained | None:
+    """Another run of this harness with that training id, whose checkpoints are still in the folder ``runs``.
+
+    It was made with today's numerics, and its network was built as here: other libraries may build another one that
+    takes the same weights.
+    """
     foreign = set(store.read("submissions").column("run_id").to_pylist())
     for row in store.read("runs").to_pylist():
         folder = runs / row["run_id"]
-        known = training_id(json.loads(row["recipe"]), row["dataset_digest"], row["numerics"])
-        if known == wanted and row["run_id"] not in foreign | {run_id} and (folder / NETWORK).is_file():
+        if row["run_id"] in foreign | {run_id} or not (folder / NETWORK).is_file():
+            continue
+        content, numerics = json.loads(row["recipe"]), row["numerics"]
+        known = training_id(content, row["dataset_digest"], numerics)
+        today = identify(content, row["dataset_digest"], (CORE_NUMERICS, numerics), row["protocol"])
+        if known == wanted and today == row["run_id"] and _structure(row, folder) == structure:
             return Trained(row["run_id"], folder, row["checkpoint_digest"])
     return None
 
 
-def adopt(trained: Trained, folder: Path) -> None:
-    """Copy the checkpoints, or whatever else the method's plugin keeps there, into another run's folder.
+def _structure(row: Mapping[str, Any], folder: Path) -> str | None:
+    """Rows that were made before it was recorded have it in a file."""
+    path = folder / STRUCTURE
+    known: str | None = row["structure"]
+    return known or (path.read_text(encoding="utf-8") if path.is_file() else None)
 
-    What says that a checkpoint is whole comes last, so that a copy that is broken off is none.
+
+def copy_checkpoints(trained: Trained, folder: Path) -> Path:
+    """Copy the checkpoints, or whatever else the method's plugin keeps there, into a part of another run's folder.
 
     Raises:
         RunError: a file cannot be copied.
     """
-    sources = [path for path in trained.folder.rglob("*") if path.is_file() and not _is_own(path.name)]
+    copied = folder / TAKEN
+    try:
+        shutil.rmtree(copied, ignore_errors=True)
+        shutil.copytree(trained.folder, copied, ignore=shutil.ignore_patterns(*_OWN))
+    except OSError as error:  # shutil.Error, of several files, is one too
+        raise RunError(f"cannot copy the checkpoints of run {trained.run_id} to {folder}: {error}") from None
+    return copied
+
+
+def adopt(copied: Path, folder: Path) -> None:
+    """Make what :func:`copy_checkpoints` has copied the run's own; what says that a checkpoint is whole comes last.
+
+    Raises:
+        RunError: a file cannot be moved.
+    """
+    sources = [path for path in copied.rglob("*") if path.is_file()]
     try:
         for source in sorted(sources, key=lambda path: (path.suffix == ".json", path)):
-            target = folder / source.relative_to(trained.folder)
+            target = folder / source.relative_to(copied)
             target.parent.mkdir(parents=True, exist_ok=True)
-            partial = target.with_name(f"{target.name}.partial")
-            shutil.copyfile(source, partial)
-            partial.replace(target)
+            source.replace(target)
+        shutil.rmtree(copied)
     except OSError as error:
-        raise RunError(f"cannot copy the checkpoints of run {trained.run_id} to {folder}: {error}") from None
-
-
-def _is_own(name: str) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in _OWN)
+        raise RunError(f"cannot move {copied} to {folder}: {error}") from None
 
 
 def copy_cost(store: ResultStore, trained: Trained, run_id: str) -> None:

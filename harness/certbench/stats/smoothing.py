@@ -6,6 +6,7 @@ classifier gives A at every point closer than sigma Phi^-1(p) (Cohen, Rosenfeld,
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 
 import numpy as np
@@ -147,17 +148,18 @@ def allowed_refutations(images: int, alpha: float, audits: int = 1) -> int:
     """
     if not images:
         return 0
-    most = quantile(images, alpha, 1 - VOID_LEVEL)
-    while _exceeded(most, images, alpha, audits * alpha) > VOID_LEVEL and most < images:
-        most += 1
-    return most
+    least = quantile(images, alpha, 1 - VOID_LEVEL)
+    counts = range(least, images)  # the more are allowed, the less often they are exceeded
+    return least + bisect_left(
+        counts, -VOID_LEVEL, key=lambda most: -_exceeded(most, images, alpha, audits * alpha)
+    )
 
 
 def _exceeded(most: int, images: int, alpha: float, falsely: float) -> float:
     """A bound on the probability that wrong and falsely refuted certificates are more than ``most`` together."""
     wrong = np.arange(most + 1)
     needed = most + 1 - wrong
-    refuted = np.minimum(1.0, np.exp(needed * np.log(falsely) - special.gammaln(needed + 1)))
+    refuted = np.exp(np.minimum(0.0, needed * np.log(falsely) - special.gammaln(needed + 1)))
     return float(
         stats.binom.sf(most, images, alpha) + np.sum(stats.binom.pmf(wrong, images, alpha) * refuted)
     )

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from certbench.bounds import Activation, Box
 from certbench.bounds.tape import Refine, Tape
 from certbench.errors import UsageError
+from certbench.models.kernels import plain_kernels
 
 VARIABLES = 512
 """Most variables of an image; a layer whose open ReLUs would exceed them keeps theirs as intervals."""
@@ -110,23 +111,40 @@ def relu_boxes(network: nn.Sequential, z: Zonotope) -> list[Box]:
     """The box of what enters each ReLU, in order.
 
     Raises:
-        UsageError: a layer other than convolution, linear layer, ReLU and flattening.
+        UsageError: a layer other than convolution with zero padding, linear layer, ReLU and flattening.
     """
     found = []
-    for layer in network:
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            z = z.affine(layer)
-        elif isinstance(layer, nn.ReLU):
-            found.append(z.box)
-            z = z.relu()
-        elif isinstance(layer, nn.Flatten):
-            z = z.flatten()
-        elif not isinstance(layer, nn.Identity):
-            raise UsageError(
-                f"no affine bound goes forward through {type(layer).__name__}; set method.ladder.linear to "
-                '"crown-ibp" or "crown"'
-            )
+    with plain_kernels():  # what is said of round-off speaks of sums of products in float32
+        for layer in network:
+            if not _is_plain(layer):
+                raise UsageError(
+                    f"no affine bound goes forward through {_in_words(layer)}; set method.ladder.linear to "
+                    '"crown-ibp" or "crown"'
+                )
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                z = z.affine(layer)
+            elif isinstance(layer, nn.ReLU):
+                found.append(z.box)
+                z = z.relu()
+            elif isinstance(layer, nn.Flatten):
+                z = z.flatten()
     return found
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer does what its kind says: no forward or hooks of its own, the usual padding and flattening."""
+    if type(layer) not in (nn.Conv2d, nn.Linear, nn.ReLU, nn.Flatten, nn.Identity):
+        return False
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        return False
+    if isinstance(layer, nn.Flatten):
+        return (layer.start_dim, layer.end_dim) == (1, -1)
+    return not isinstance(layer, nn.Conv2d) or layer.padding_mode == "zeros"
+
+
+def _in_words(layer: nn.Module) -> str:
+    mode = getattr(layer, "padding_mode", "zeros")
+    return type(layer).__name__ + (f" with padding mode {mode}" if mode != "zeros" else "")
 
 
 def tighten(network: nn.Sequential) -> Callable[[Box], Refine]:

@@ -330,3 +330,40 @@ def test_zonotopes_hold_every_value_and_name_what_they_cannot_pass(monkeypatch: 
                 value = layer(value)
     with pytest.raises(UsageError, match="forward through Tanh"):
         relu_boxes(nn.Sequential(nn.Tanh()), over_box(Box(center=center, radius=radius), variable))
+
+
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        (nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), "Conv2d with padding mode circular"),
+        (nn.Flatten(2), "Flatten"),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(5, 5)), "ParametrizedLinear"),
+        (nn.Softmax(1), "Softmax"),
+    ],
+)
+def test_zonotopes_pass_through_no_layer_that_does_otherwise_than_its_kind(
+    layer: nn.Module, words: str
+) -> None:
+    radius = torch.rand(1, 2, 5, 5).double()
+    z = over_box(Box(center=torch.zeros_like(radius), radius=radius), radius > 0)
+    with pytest.raises(UsageError, match=f"forward through {words};"):
+        relu_boxes(nn.Sequential(layer.double()), z)
+
+
+def test_zonotopes_allow_no_kernel_whose_round_off_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def watched(z: Zonotope, layer: nn.Conv2d | nn.Linear) -> Zonotope:
+        seen.append((torch.backends.cudnn.enabled, torch.get_float32_matmul_precision()))
+        return z
+
+    monkeypatch.setattr(Zonotope, "affine", watched)
+    radius = torch.rand(1, 4).double()
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        relu_boxes(nn.Sequential(nn.Linear(4, 4)), over_box(Box(center=radius, radius=radius), radius > 0))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == [(False, "highest")]
