@@ -93,17 +93,34 @@ def test_recipes_named_in_the_documentation_exist() -> None:
     assert named <= set(installed().recipes())
 
 
-def test_the_quickstart_table_has_the_columns_that_are_printed() -> None:
+def quickstart_rows() -> dict[str, dict[str, str]]:
+    """Method -> header -> cell, of both boards that the quickstart prints."""
+    found, headers = {}, []
+    lines = block("quickstart").splitlines()
+    for place, line in enumerate(lines):
+        cells = re.split(r"\s{2,}", line.strip())
+        if cells[0] == "method":
+            headers, widths = cells, [m.span() for m in re.finditer("-+", lines[place + 1])]
+        elif headers and len(cells) > 5 and not line.startswith("-"):
+            found[cells[0]] = dict(zip(headers, (line[a:b].strip() for a, b in widths), strict=True))
+    return found
+
+
+def test_the_quickstart_tables_have_the_columns_and_methods_that_are_printed() -> None:
     from certbench.leaderboard.board import Board
     from certbench.leaderboard.columns import columns
 
-    headers = [column.header for column in columns(Board("", "", "", "linf", "", ()))]
-    lines = block("quickstart").splitlines()
-    shown = re.split(r"\s{2,}", lines[2].strip())
-    assert shown == [header for header in headers if header in shown]
-    assert {"method", "clean %", "attacked %", "certified %", "ACR", "audit", "guarantee"} <= set(shown)
-    cells = dict(zip(shown, re.split(r"\s{2,}", lines[4].strip()), strict=False))
-    assert (cells["method"], cells["certifier"], cells["guarantee"]) == ("fast-ibp", "ibp", "float_sound")
+    rows = quickstart_rows()
+    assert set(rows) == {"fast-ibp", "adaptive-radii", "abstraction", "abstraction-ibp", "smoothmix", "crt"}
+    for method, norm in (("fast-ibp", "linf"), ("crt", "l2")):
+        known = [column.header for column in columns(Board("", "", "", norm, "", ()))]
+        shown = [header for header in rows[method] if not header.startswith((">", "≥", "proved by"))]
+        assert [header for header in shown if header not in known] == []
+        assert shown == sorted(shown, key=known.index)
+    cells = rows["fast-ibp"]
+    assert {"clean %", "attacked %", "certified %", "ACR", "audit"} <= set(cells)
+    assert (cells["certifier"], cells["guarantee"]) == ("ibp", "float_sound")
+    assert rows["crt"]["guarantee"] == "statistical"
 
 
 def test_the_mnist_rows_of_the_readme_are_those_of_the_board() -> None:
