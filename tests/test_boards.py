@@ -151,6 +151,23 @@ def test_of_seeds_with_fewer_images_the_run_with_most_counts_for_alpha_of_all(tm
     assert float(row["alpha_of_all"]) == pytest.approx(6 * float(row["alpha"]))
 
 
+def test_attacked_accuracy_of_smoothed_rows_waits_for_an_audit_of_every_certificate(tmp_path: Path) -> None:
+    smoothed(tmp_path, "a", [1000, 990, 950, 800, 600, 400])
+    refute(tmp_path, "a", [], "smoothing")
+    (row,) = only(tmp_path).rows
+    assert row.attacked is not None
+    store = ResultStore(tmp_path / "results")
+    (path,) = store.paths("audits")
+    table = store.load("audits", path)
+    path.unlink()
+    own = {name: table.column(name).to_pylist()[1:] for name in table.column_names}
+    store.write_audits(*(own.pop(name)[0] for name in table.column_names[:3]), own.pop("attack")[0],
+                       own.pop("attack_settings_digest")[0], own)  # fmt: skip
+    (row,) = only(tmp_path).rows
+    assert row.audit is not None
+    assert row.attacked is None
+
+
 def test_smoothed_rows_have_boards_of_their_own_with_radii_and_budget(tmp_path: Path) -> None:
     hits = [1000, 990, 950, 800, 600, 400]
     smoothed(tmp_path, "a", hits)

@@ -108,10 +108,16 @@ def _audits(rows: Sequence[Row]) -> Iterable[str]:
     audited = [row.audit for row in rows if row.audit]
     if audited:
         yield f"Attacked with {attacks(audited)}."
-        yield (
-            "attacked: images that are correct and withstood every attack at the table's radius, percent; empty unless "
-            "all correct ones were attacked. certified is at most attacked, and attacked at most clean."
-        )
+        if any(row.guarantee != "statistical" for row in rows):
+            yield (
+                "attacked: images that are correct and withstood every attack at the table's radius, percent; empty unless "
+                "all correct ones were attacked. certified is at most attacked, and attacked at most clean."
+            )
+        if any(row.guarantee == "statistical" for row in rows):
+            yield (
+                "attacked, of statistical rows: images that are right and whose certificate no audit refuted, percent; "
+                "empty unless every certificate was audited."
+            )
         yield (
             "audit: refuted k of n, n certificates attacked at their own radius. A witness counts if it holds at the "
             "level of the guarantee; one that only floating point sees is counted as in float and voids nothing. What "

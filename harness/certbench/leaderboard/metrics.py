@@ -255,7 +255,8 @@ def _allowed(certificates: pa.Table, audits: pa.Table) -> int:
 
 
 def attacked_accuracy(metrics: Metrics, audit: AuditCounts | None) -> Fraction | None:
-    """In percent, exactly: correct images without a witness; None unless every correct image was attacked.
+    """In percent, exactly: correct images without a witness; None unless every correct image was attacked, of
+    statistical rows every certificate.
 
     Raises:
         DataError: more images are certified than withstood the attacks, though no certificate was refuted.
@@ -263,6 +264,8 @@ def attacked_accuracy(metrics: Metrics, audit: AuditCounts | None) -> Fraction |
     if audit is None:
         return None
     if metrics.guarantee == "statistical":
+        if audit.tried < audit.claimed:
+            return None
         return Fraction(100 * (metrics.correct - audit.refuted), metrics.images)
     if audit.missing:
         return None
