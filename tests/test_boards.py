@@ -515,7 +515,8 @@ def test_the_recipe_to_copy_is_the_recipe_that_ran() -> None:
             validate(written, "copied")
             ran = json.loads(row.run["recipe"])
             assert flatten(written) == {key: v for key, v in flatten(ran).items() if v is not None}
-            assert commands(row)[0].startswith(f"certbench run {row.recipe} --seeds 0,1,2")
+            seeds = ",".join(map(str, row.seeds))
+        assert commands(row)[0].startswith(f"certbench run {row.recipe} --seeds {seeds}")
 
 
 def test_the_command_to_copy_survives_a_shell(tmp_path: Path) -> None:
