@@ -332,8 +332,11 @@ def test_the_skip_link_and_the_board_picker_work_by_keyboard(page: Any, folder: 
 @needs_a_browser
 def test_a_recipe_can_be_copied(page: Any) -> None:
     page.execute_script("document.querySelector('.board.open .card details').open = true")
+    from selenium.webdriver.support.ui import WebDriverWait
+
     click(page, ".board.open .card details .copy")
-    assert "Copied" in page.execute_script("return document.querySelector('.board.open .copy').textContent")
+    said = "return document.querySelector('.board.open .copy').textContent"
+    WebDriverWait(page, 10).until(lambda p: "Copied" in p.execute_script(said))  # the clipboard answers later
     pre = page.execute_script("return document.querySelector('.board.open .card pre').textContent")
     assert pre == "certbench run fast-ibp/mnist --seeds 0"
 
