@@ -15,6 +15,7 @@ from certbench.training.schedules import LinearRamp, SmoothedRamp
 from certbench.training.smoothed import (
     NoisyObjective,
     climb,
+    fastest_layout,
     frozen,
     keep_near,
     noisy_logits,
@@ -32,6 +33,7 @@ __all__ = [
     "SmoothedRamp",
     "Step",
     "climb",
+    "fastest_layout",
     "fit",
     "frozen",
     "gaussian_noise",

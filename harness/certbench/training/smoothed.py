@@ -30,7 +30,8 @@ class NoisyObjective:
         self.sigma = task.recipe.sigma
 
     def prepare(self, network: nn.Module, batches_per_epoch: int) -> None:
-        """
+        """Keep the network; on a CPU, lay it out channels-last, in which noisy images take two thirds of the time.
+
         Raises:
             DataError: a training image leaves [0, 1], where attacks and radii live.
         """
@@ -39,11 +40,18 @@ class NoisyObjective:
             raise DataError(
                 f"training images of {info.name} leave [0, 1]: one holds {most}, and 1 is {info.levels}"
             )
-        self.network = network
+        self.network = fastest_layout(network, self.task.device)
 
     def noises(self, images: Tensor, count: int, step: Step) -> Tensor:
         """The step's draw of ``count`` noises for every image, shape (count, *images.shape)."""
         return gaussian_noise(images, self.sigma, self.task.seed, step, count)
+
+
+def fastest_layout(network: nn.Module, device: torch.device) -> nn.Module:
+    """``network`` with its weights channels-last on a CPU, where that is faster in float32; as it is elsewhere."""
+    if device.type != "cpu":
+        return network
+    return network.to(memory_format=torch.channels_last)
 
 
 def noisy_logits(network: nn.Module, images: Tensor, noises: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ def register_methods() -> list[MethodCard]:
             settings=CRTSettings,
             recipes=files("certbench_crt") / "recipes",
             certifier=SEQUENTIAL,
+            numerics=2,
             limits="No better than its teacher, whose training is a cost of its own; certificates hold with a "
             "probability.",
         )

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from certbench.contract import TrainTask
 from certbench.errors import RunError
-from certbench.training import NoisyObjective, Step
+from certbench.training import NoisyObjective, Step, fastest_layout
 
 
 class CRT(NoisyObjective):
@@ -26,6 +26,7 @@ class CRT(NoisyObjective):
         super().prepare(network, batches_per_epoch)
         if self.teacher is None:  # the finished student is only loaded
             return
+        fastest_layout(self.teacher.network, self.task.device)
         images = torch.rand(16, *self.task.dataset.info.shape, device=self.task.device)
         x = images + self.noises(images, 1, Step(0, 1, batches_per_epoch))[0]
         if not self.teacher_logits(x).isfinite().all():

@@ -37,6 +37,7 @@ def card(name: str, settings: type[Strict], summary: str, paper: str, limits: st
         baseline=True,
         certifier=SEQUENTIAL,
         limits=limits,
+        numerics=2,
     )
 
 

@@ -31,6 +31,7 @@ def register_methods() -> list[MethodCard]:
             recipes=files("certbench_smoothmix") / "recipes",
             published=files("certbench_smoothmix") / "published",
             certifier=SEQUENTIAL,
+            numerics=2,
             limits="About five times the training cost of Gaussian noise alone; certificates hold with a probability.",
         )
     ]
