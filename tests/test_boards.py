@@ -321,14 +321,19 @@ def test_version_1_of_audits_says_what_the_attacks_did() -> None:
     assert found.column("attack_summary").to_pylist() == ["APGD-CE 20 steps; APGD-DLR 20 steps", None]
 
 
-def test_version_1_of_runs_knows_no_structure(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("version", "unknown"), [(1, ["structure", "teacher_digest"]), (2, ["teacher_digest"])]
+)
+def test_older_runs_know_no_structure_and_no_teacher(
+    tmp_path: Path, version: int, unknown: list[str]
+) -> None:
     from certbench.results.migrations import migrated
 
     add(tmp_path, "a", wide(4, 2))
     new = ResultStore(tmp_path / "results").read("runs")
-    found = migrated(new.drop_columns(["structure"]), TABLES["runs"], 1)
+    found = migrated(new.drop_columns(unknown), TABLES["runs"], version)
     assert found.schema.equals(TABLES["runs"].schema)
-    assert set(found.column("structure").to_pylist()) == {None}
+    assert all(set(found.column(name).to_pylist()) == {None} for name in unknown)
 
 
 def test_every_step_of_every_table_is_there() -> None:
@@ -414,7 +419,9 @@ def test_a_reference_that_says_the_same_is_shown_once(tmp_path: Path) -> None:
     notes = notes_of(
         {"metric": "clean_error", "value": 51.72, "spread": 0.4}, {"value": 65.58, "spread": 0.4}
     )
-    assert [each.source for each in only(tmp_path, notes).rows[0].published] == ["Somebody 2021, Table 1"]
+    assert [each.source for each in only(tmp_path, notes).rows[0].published] == [
+        "Somebody 2021, Table 1 (text)"
+    ]
     other = notes_of({"metric": "clean_error", "value": 50.0})
     assert len(only(tmp_path, other).rows[0].published) == 2
 

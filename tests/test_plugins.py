@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from certbench.contract import MethodCard
+from certbench.contract import MethodCard, TeacherSettings
 from certbench.data.catalog import DATASETS
 from certbench.data.info import DatasetInfo
 from certbench.errors import PluginError, RunError, UsageError
 from certbench.hookspecs import hookimpl
 from certbench.plugins import Plugins, installed
-from certbench.recipe import Strict, parse_recipe
+from certbench.recipe import Recipe, Strict, parse_recipe
 
 
 class Settings(Strict):
@@ -414,6 +415,40 @@ def test_data_sets_and_models_of_plugins_join_the_cores() -> None:
     assert "tiny-random" not in DATASETS
     with pytest.raises(UsageError, match="did you mean 'tiny-random'"):
         found.dataset("tiny-randm")
+
+
+def test_a_teacher_may_have_learnt_a_plugins_data_or_classes_without_names() -> None:
+    from certbench.data.dataset import Dataset, Split
+    from certbench.training.teacher import NetworkCard, check_teacher
+
+    found = plugins(more=Brings())
+    student = smoothed_recipe(sigma=0.5)
+    settings = TeacherSettings(teacher="teacher")
+    for info in (found.dataset("tiny-random"), DATASETS["imagenet"]):
+        nothing = Split(torch.zeros(0, *info.shape, dtype=torch.uint8), torch.zeros(0, dtype=torch.long))
+        dataset = Dataset(info, nothing, nothing, "0" * 64)
+        card = NetworkCard.of(student.model_copy(update={"dataset": info.name}), dataset)
+        check_teacher(card, student, dataset, settings, found)
+        for change, words in (({"sigma": 0.25}, "noise level"), ({"class_names": ("a",)}, "class")):
+            other = card.model_copy(update=change)
+            with pytest.raises(UsageError, match=f"has another .*{words}"):
+                check_teacher(other, student, dataset, settings, found)
+            check_teacher(
+                other, student, dataset, TeacherSettings(teacher="teacher", force_teacher=True), found
+            )
+
+
+def smoothed_recipe(sigma: float) -> Recipe:
+    return parse_recipe(
+        {
+            "dataset": "digits",
+            "model": "cnn-small",
+            "threat": {"norm": "l2", "sigma": sigma},
+            "method": {"name": "student"},
+            "train": {"epochs": 1},
+        },
+        "student",
+    )
 
 
 @pytest.mark.parametrize("name", ["same", "mnist"])

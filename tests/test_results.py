@@ -120,7 +120,9 @@ def test_rows_come_back_as_they_went_in(store: ResultStore) -> None:
     put(store)
     store.write_timing(timing(peak_memory_bytes=7))
     run = store.run(RUN)
-    assert run == run_row(radius="8/255", cap="8/255", sigma=None, code_revision=None, structure=None)
+    assert run == run_row(
+        radius="8/255", cap="8/255", sigma=None, code_revision=None, structure=None, teacher_digest=None
+    )
     rows = store.read("certificates").to_pylist()
     assert [row["index"] for row in rows] == [0, 1, 2, 3, 4]
     assert rows[0]["radius"] == round_down(RADIUS) and rows[0]["margin"] == 0.5

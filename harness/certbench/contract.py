@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from certbench.recipe import Recipe, Strict
 
@@ -113,13 +113,19 @@ class NoScratch:
     def save(self, content: bytes) -> None: ...
 
 
+def _printable(name: str) -> str:
+    if not name.isprintable():
+        raise ValueError("holds control characters")
+    return name
+
+
 class TeacherSettings(Strict):
     """Base of the ``[method]`` table of a method that learns from a finished network.
 
     The harness finds that network, trains it where it is missing, and hands it over as the task's ``teacher``.
     """
 
-    teacher: str
+    teacher: Annotated[str, Field(min_length=1), AfterValidator(_printable)]
     """A recipe, by name or TOML file, with its own seed; or a ``.safetensors`` file with its card beside it."""
     teacher_id: str | None = Field(default=None, pattern=r"^[0-9a-f]{16,64}$")
     """Run id of that recipe, or SHA-256 of that file: filled in by the harness, so that it is part of the student's own

@@ -397,7 +397,7 @@ def load_recipe(path: Path, name: str | None = None, overrides: Iterable[str] = 
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read recipe {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # broken TOML, bytes that are no text, a path with a NUL
         raise UsageError(f"{path} is not valid TOML: {error}") from None
     except RecursionError:
         raise UsageError(_too_deep(str(path))) from None

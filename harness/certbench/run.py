@@ -57,11 +57,13 @@ from certbench.stages.train import (
     CARD,
     NETWORK,
     STRUCTURE,
-    TEACHER,
     adopt,
     copy_checkpoints,
     copy_cost,
+    copy_teacher,
     find_trained,
+    keep_teacher,
+    taught_by,
     training_id,
 )
 from certbench.training.checkpoint import network_digest, save_network
@@ -188,7 +190,7 @@ class Run:
                 if isinstance(found, NetworkFile)
                 else cls.prepare(found, out, data, device, plugins, reporter)
             )
-            check_teacher(teacher.card, recipe, dataset, settings)
+            check_teacher(teacher.card, recipe, dataset, settings, plugins)
             recipe = pinned(recipe, teacher.id, settings)
         identity = identity or run_id(recipe, dataset.digest, owned.card.numerics)
         folder = out / "runs" / identity
@@ -248,9 +250,11 @@ class Run:
 
         Where another run of the store differs in ``[certify]`` alone, its network is taken, and what that one cost.
         """
-        teacher = self._ready_teacher()  # its training is not the student's, and has a timing of its own
-        network = self._taken()
+        network = self._finished_student()
         if network is None:
+            network = self._taken()
+        if network is None:
+            teacher = self._ready_teacher()  # its training is not the student's, and has a timing of its own
             timer = self._timer("train")
             network = self.trained(teacher=teacher)
             if not self.store.has_run(self.id):
@@ -259,6 +263,11 @@ class Run:
         save_network(self.folder / NETWORK, network)
         write_json(self.folder / CARD, self.card.model_dump())
         return network
+
+    def _finished_student(self) -> nn.Module | None:
+        """The network of a recorded student, which needs its teacher no longer; None where there is none."""
+        is_done = self.store.has_run(self.id) and self._has_network and any(self.folder.glob("epoch-*"))
+        return self.trained(only_load=True) if self.teacher is not None and is_done else None
 
     def _taken(self) -> nn.Module | None:
         """The network of another run that was trained in the same way, whose checkpoints now are this one's too.
@@ -288,6 +297,7 @@ class Run:
             return None
         self.reporter.say(f"{self.recipe.name}: trained like run {found.run_id}; its network is taken")
         copy_cost(self.store, found, self.id)
+        copy_teacher(found, self.folder)
         adopt(copied, self.folder)
         return network
 
@@ -301,15 +311,17 @@ class Run:
             return None
         name = self.recipe.method.settings["teacher"]
         self.reporter.say(f"{self.recipe.name}: learns from {name} ({self.teacher.id})")
-        network = self.teacher.train() if isinstance(self.teacher, Run) else self.teacher.network()
+        if isinstance(self.teacher, Run):
+            self.teacher.refuse_submitted()
+            self.teacher.check_network()
+            network = self.teacher.train()
+        else:
+            network = self.teacher.network(self.plugins)
         teacher = ready(name, network, self.device)
-        known = {
-            "teacher": name,
-            "id": self.teacher.id,
-            "digest": teacher.digest,
-            "card": self.teacher.card.model_dump(),
-        }
-        write_json(self.folder / TEACHER, known)
+        card = self.teacher.card.model_dump()
+        keep_teacher(
+            self.folder, {"teacher": name, "id": self.teacher.id, "digest": teacher.digest, "card": card}
+        )
         return teacher
 
     def trained(
@@ -509,6 +521,7 @@ class Run:
             "recipe": recipe.canonical_json(),
             "checkpoint_digest": network_digest(network),
             "structure": self.applicability.structure,
+            "teacher_digest": taught_by(self.folder),
             "epochs": recipe.train.epochs,
             **provenance.versions(),
             "code_revision": provenance.code_revision(),

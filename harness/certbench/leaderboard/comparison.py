@@ -86,8 +86,12 @@ class Cell:
     @property
     def label(self) -> str:
         """The figure's source, and why its row is no reproduction, if so."""
-        logs = " (logs)" if self.figure.basis == "log" else ""
-        return _labelled(f"{self.source}, {self.figure.table}{logs}", self.because)
+        return _labelled(_cited(self.source, self.figure), self.because)
+
+
+def _cited(source: str, figure: PublishedFigure) -> str:
+    """Source and table, and on what the figure rests: the paper's text, or logs that were published."""
+    return f"{source}, {figure.table} ({figure.basis})"
 
 
 def _labelled(source: str, because: str) -> str:
@@ -99,7 +103,7 @@ def beside(row: Row, size: str, notes: Notes) -> tuple[Published, ...]:
     by_source: dict[str, list[PublishedFigure]] = defaultdict(list)
     for source, figure in notes.figures():
         if speaks_of(figure, row, size):
-            by_source[f"{source}, {figure.table}"].append(figure)
+            by_source[_cited(source, figure)].append(figure)
     found = [_published(source, row, figures) for source, figures in sorted(by_source.items())]
     known = [{metric: figure.mean for metric, figure in each.figures.items()} for each in found]
     for reference in _references(row):

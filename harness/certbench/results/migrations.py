@@ -36,7 +36,16 @@ def _runs_say_structure(table: pa.Table) -> pa.Table:
     return table.append_column(pa.field("structure", pa.string()), pa.nulls(table.num_rows, pa.string()))
 
 
-STEPS: dict[tuple[str, int], Step] = {("audits", 1): _audits_say_how, ("runs", 1): _runs_say_structure}
+def _runs_say_teacher(table: pa.Table) -> pa.Table:
+    """Version 3 of runs: the digest of the network that was learnt from, unknown of older ones."""
+    return table.append_column(pa.field("teacher_digest", pa.string()), pa.nulls(table.num_rows, pa.string()))
+
+
+STEPS: dict[tuple[str, int], Step] = {
+    ("audits", 1): _audits_say_how,
+    ("runs", 1): _runs_say_structure,
+    ("runs", 2): _runs_say_teacher,
+}
 """(table, version) -> what makes the next version of it."""
 
 

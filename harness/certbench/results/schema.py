@@ -57,15 +57,17 @@ RUNS = TableSpec(
             _required("certbench_version", pa.string()),
             pa.field("code_revision", pa.string()),
             pa.field("structure", pa.string()),
+            pa.field("teacher_digest", pa.string()),
         ]
     ),
     key=("run_id",),
     shard=("run_id",),
-    version=2,
+    version=3,
 )
 """One row per trained network. ``radius`` and ``cap`` are reduced fractions such as ``8/255``; ``recipe`` is the
 canonical JSON of the resolved recipe, published figures included. ``structure`` is a hash of what the network computes
-whatever its weights; null in rows made before it was recorded."""
+whatever its weights; ``teacher_digest`` the SHA-256 of the weights of the network that this one learnt from. Both are null
+in rows made before they were recorded."""
 
 CERTIFICATES = TableSpec(
     name="certificates",

@@ -11,6 +11,7 @@ from typing import Any
 
 from certbench.errors import RunError
 from certbench.recipe import CORE_NUMERICS, identify
+from certbench.results.files import write_atomically
 from certbench.results.store import ResultStore
 
 NETWORK = "network.safetensors"
@@ -100,6 +101,42 @@ def adopt(copied: Path, folder: Path) -> None:
         shutil.rmtree(copied)
     except OSError as error:
         raise RunError(f"cannot move {copied} to {folder}: {error}") from None
+
+
+def keep_teacher(folder: Path, teacher: Mapping[str, Any]) -> None:
+    """Write down whom a student learns from, in its folder, before it does.
+
+    Raises:
+        RunError: the checkpoints there learnt from another network.
+    """
+    known = taught_by(folder)
+    if known not in (None, teacher["digest"]) and any(folder.glob("epoch-*")):
+        raise RunError(
+            f"the student in {folder} began to learn from a network of digest {known[:16]}, teacher {teacher['teacher']} is "
+            f"now {teacher['digest'][:16]}; remove the folder to train the student again"
+        )
+    write_atomically(folder / TEACHER, json.dumps(teacher, indent=1, sort_keys=True).encode())
+
+
+def taught_by(folder: Path) -> str | None:
+    """The digest of the network that the student in this folder learnt from; None for a run without a teacher.
+
+    Raises:
+        RunError: what was written down cannot be read.
+    """
+    path = folder / TEACHER
+    if not path.is_file():
+        return None
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["digest"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} cannot be read ({type(error).__name__}); delete it to train again") from None
+
+
+def copy_teacher(trained: Trained, folder: Path) -> None:
+    """Whom another run's network learnt from, written down for this one, whose network it is too."""
+    if (path := trained.folder / TEACHER).is_file():
+        write_atomically(folder / TEACHER, path.read_bytes())
 
 
 def copy_cost(store: ResultStore, trained: Trained, run_id: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,7 +14,6 @@ from safetensors.torch import load
 from torch import nn
 
 from certbench.contract import Teacher, TeacherSettings
-from certbench.data.catalog import dataset_info
 from certbench.data.dataset import Dataset
 from certbench.errors import UsageError
 from certbench.models import build_network
@@ -46,11 +45,12 @@ class NetworkCard(Strict):
 
 @dataclass(frozen=True)
 class NetworkFile:
-    """A network's file that was read and found whole; ``id`` is its SHA-256."""
+    """A network's file as it was read; ``id`` is its SHA-256."""
 
     path: Path
     id: str
     card: NetworkCard
+    content: bytes = field(repr=False)
 
     @classmethod
     def read(cls, path: Path) -> NetworkFile:
@@ -60,8 +60,9 @@ class NetworkFile:
         """
         card = path.with_suffix(".json")
         try:
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            return cls(path, digest, NetworkCard.model_validate_json(card.read_text(encoding="utf-8")))
+            content = path.read_bytes()
+            known = NetworkCard.model_validate_json(card.read_text(encoding="utf-8"))
+            return cls(path, hashlib.sha256(content).hexdigest(), known, content)
         except FileNotFoundError as error:
             hint = "" if path.is_file() else "; a teacher may also be the name of a recipe"
             raise UsageError(f"teacher {path}: there is no {error.filename}{hint}") from None
@@ -70,14 +71,14 @@ class NetworkFile:
         except ValidationError as error:
             raise UsageError(explain(error, NetworkCard, str(card))) from None
 
-    def network(self) -> nn.Module:
+    def network(self, plugins: Plugins) -> nn.Module:
         """
         Raises:
             UsageError: the weights are not those of the model that the card names.
         """
-        network = build_network(self.card.model, dataset_info(self.card.dataset), 0)
+        network = build_network(self.card.model, plugins.dataset(self.card.dataset), 0, plugins.models())
         try:
-            network.load_state_dict(load(self.path.read_bytes()))
+            network.load_state_dict(load(self.content))
         except (SafetensorError, RuntimeError) as error:
             line = str(error).split("\n")[0]
             raise UsageError(f"teacher {self.path} holds no weights of {self.card.model!r}: {line}") from None
@@ -90,19 +91,20 @@ def ready(name: str, network: nn.Module, device: torch.device) -> Teacher:
     return Teacher(name, network, network_digest(network))
 
 
-def check_teacher(card: NetworkCard, student: Recipe, dataset: Dataset, settings: TeacherSettings) -> None:
+def check_teacher(
+    card: NetworkCard, student: Recipe, dataset: Dataset, settings: TeacherSettings, plugins: Plugins
+) -> None:
     """Refuse a teacher whose answers mean something else than the student's.
 
     Raises:
         UsageError: images of another shape or another number of classes; or, unless it is forced, another noise level,
             other training data or another class order.
     """
-    info, taught = dataset.info, dataset_info(card.dataset)
+    info, taught = dataset.info, plugins.dataset(card.dataset)
     where = f"{student.name}: teacher {settings.teacher}"
-    if taught.shape != info.shape or len(card.class_names) != info.classes:
+    if taught.shape != info.shape or taught.classes != info.classes:
         raise UsageError(
-            f"{where} takes images {taught.shape} of {len(card.class_names)} classes, the student {info.shape} of "
-            f"{info.classes}"
+            f"{where} takes images {taught.shape} of {taught.classes} classes, the student {info.shape} of {info.classes}"
         )
     for what, its, own in _differences(card, student, dataset):
         if its != own and not settings.force_teacher:
@@ -117,7 +119,12 @@ def _differences(
     """What is compared: its name, the teacher's, the student's."""
     info = dataset.info
     yield "noise level", card.sigma, student.threat.sigma
-    pairs = zip(card.class_names, info.class_names, strict=True)
+    yield (
+        "number of class names",
+        len(card.class_names),
+        len(info.class_names),
+    )  # none where classes have no names
+    pairs = zip(card.class_names, info.class_names, strict=False)
     yield from ((f"class {number}", its, own) for number, (its, own) in enumerate(pairs))
     its_data = f"{card.dataset} ({card.dataset_digest[:16]})"
     yield "training set", its_data, f"{info.name} ({dataset.digest[:16]})"
@@ -157,6 +164,8 @@ def pinned(student: Recipe, identity: str, settings: TeacherSettings) -> Recipe:
         )
     content = student.canonical()
     content["method"] |= {"teacher_id": identity}
-    if Path(settings.teacher).suffix in {".safetensors", ".toml"}:
-        content["method"] |= {"teacher": Path(settings.teacher).name}
+    if settings.teacher.endswith((".safetensors", ".toml")):
+        bare = Path(settings.teacher).name
+        content["method"] |= {"teacher": bare}
+        content["name"] = student.name.replace(settings.teacher, bare)
     return Recipe.model_validate(content)

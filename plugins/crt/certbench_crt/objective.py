@@ -21,7 +21,7 @@ class CRT(NoisyObjective):
     def prepare(self, network: nn.Module, batches_per_epoch: int) -> None:
         """
         Raises:
-            RunError: the teacher's logits are not finite, on images of noise alone.
+            RunError: the teacher's logits, or their length, are not finite on images of noise alone.
         """
         super().prepare(network, batches_per_epoch)
         if self.teacher is None:  # the finished student is only loaded
@@ -29,10 +29,10 @@ class CRT(NoisyObjective):
         fastest_layout(self.teacher.network, self.task.device)
         images = torch.rand(16, *self.task.dataset.info.shape, device=self.task.device)
         x = images + self.noises(images, 1, Step(0, 1, batches_per_epoch))[0]
-        if not self.teacher_logits(x).isfinite().all():
+        if not torch.linalg.vector_norm(self.teacher_logits(x), dim=1).isfinite().all():
             raise RunError(
-                f"{self.task.recipe.name}: teacher {self.teacher.name} gives logits that are NaN or infinite on noise; "
-                "train it again"
+                f"{self.task.recipe.name}: teacher {self.teacher.name} gives logits on noise that are NaN, infinite or too "
+                "large to compare; train it again"
             )
 
     @torch.no_grad()

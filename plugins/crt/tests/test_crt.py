@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import shutil
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
@@ -114,6 +116,22 @@ def teacher_file(folder: Path, **card: object) -> Path:
     return path
 
 
+def prepared(teacher: object, out: Path, *overrides: str) -> Run:
+    recipe = installed().find_recipe(
+        "crt/digits-l2-0.5", [f"method.teacher={teacher}", *SHORT, "train.epochs=1", *overrides]
+    )
+    return Run.prepare(recipe, out, None, torch.device("cpu"), installed(), SilentReporter())
+
+
+def teacher_recipe(folder: Path) -> Path:
+    """A short recipe for a teacher, as a file."""
+    text = installed().recipes()["smoothmix/digits-l2-0.5"].read_text(encoding="utf-8")
+    text = re.sub(r"(?m)^epochs = \d+$", "epochs = 1", text)
+    path = folder / "teach.toml"
+    path.write_text(re.sub(r"(?m)^milestones = .*$", "", text), encoding="utf-8")
+    return path
+
+
 def run_student(teacher: object, out: Path, *overrides: str) -> RunOutcome:
     changes = [f"method.teacher={teacher}", *SHORT, *overrides]
     return run_recipe("crt/digits-l2-0.5", out=out, device="cpu", overrides=changes)
@@ -134,6 +152,9 @@ def test_a_student_of_a_file_records_its_teacher(taught: tuple[Path, Path, RunOu
     row = ResultStore(out / "results").run(outcome.run_id)
     recorded = json.loads(row["recipe"])["method"]
     assert (recorded["teacher"], recorded["teacher_id"]) == ("teacher.safetensors", digest)
+    assert row["teacher_digest"] == digest
+    assert row["recipe_name"].startswith("crt/digits-l2-0.5 +method.teacher=teacher.safetensors +")
+    assert str(path.parent) not in row["recipe"] + row["recipe_name"]
     notes = json.loads((outcome.folder / "teacher.json").read_text())
     assert notes["id"] == notes["digest"] == digest
     assert notes["card"]["sigma"] == 0.5
@@ -147,14 +168,7 @@ def test_the_run_id_follows_the_teachers_content_and_not_its_place(
     assert run_student(moved, out) == replace(outcome, recipe=run_student(moved, out).recipe)
     other = build_network("cnn-small", DIGITS.info, 6)
     save_network(moved, other)
-    changed = Run.prepare(
-        installed().find_recipe("crt/digits-l2-0.5", [f"method.teacher={moved}", *SHORT]),
-        tmp_path / "out",
-        None,
-        torch.device("cpu"),
-        installed(),
-        SilentReporter(),
-    )
+    changed = prepared(moved, tmp_path / "out")
     assert changed.id != outcome.run_id
     assert path.read_bytes() != moved.read_bytes()
 
@@ -202,6 +216,64 @@ def test_a_student_teaches_the_next_and_is_trained_when_it_is_missing(
     assert outcome.run_id not in (second.run_id, teacher_id)
 
 
+def test_a_finished_student_needs_its_teacher_no_longer(tmp_path: Path) -> None:
+    recipe = teacher_recipe(tmp_path)
+    student = prepared(recipe, tmp_path / "out")
+    trained = student.train()
+    assert isinstance(student.teacher, Run)
+    digest = student.store.run(student.id)["teacher_digest"]
+    assert digest == student.store.run(student.teacher.id)["checkpoint_digest"]
+    shutil.rmtree(student.teacher.folder)
+    again = prepared(recipe, tmp_path / "out").train()
+    for name, value in trained.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name])
+    assert not any(student.teacher.folder.glob("epoch-*")), "the teacher was trained again for nothing"
+    assert student.store.run(student.id)["teacher_digest"] == digest
+
+
+def test_a_student_that_began_with_another_network_is_not_gone_on_with(tmp_path: Path) -> None:
+    student = prepared(teacher_file(tmp_path / "files"), tmp_path / "out")
+    student.train()
+    (student.folder / "network.safetensors").unlink()
+    note = student.folder / "teacher.json"
+    note.write_text(json.dumps({**json.loads(note.read_text()), "digest": "0" * 64}))
+    with pytest.raises(RunError, match="began to learn from a network of digest 0000000000000000, teacher"):
+        student.train()
+    note.write_text("[]")
+    with pytest.raises(RunError, match="teacher.json cannot be read"):
+        student.train()
+
+
+def test_a_network_that_is_taken_keeps_its_teacher(tmp_path: Path) -> None:
+    path = teacher_file(tmp_path / "files")
+    first = prepared(path, tmp_path / "out")
+    first.train()
+    second = prepared(path, tmp_path / "out", "certify.smoothing.n=2000")
+    second.train()
+    assert first.id != second.id
+    rows = [first.store.run(run.id) for run in (first, second)]
+    assert (
+        rows[0]["teacher_digest"]
+        == rows[1]["teacher_digest"]
+        == hashlib.sha256(path.read_bytes()).hexdigest()
+    )
+
+
+def test_a_teacher_that_was_submitted_or_is_built_otherwise_is_refused(tmp_path: Path) -> None:
+    student = prepared(teacher_recipe(tmp_path), tmp_path / "out")
+    teacher = student.teacher
+    assert isinstance(teacher, Run)
+    (teacher.folder / "structure.txt").write_text("other")
+    with pytest.raises(RunError, match="is built otherwise than when run"):
+        student.train()
+    teacher.store.write_run(teacher._run_row(teacher.build_network()))
+    submission = {"run_id": teacher.id, "submitter": "somebody", "bundle_digest": "0" * 64, "rechecked": 0}
+    teacher.store.write_submission(submission)
+    with pytest.raises(RunError, match="imported from 'somebody'"):
+        student.train()
+    assert not list((tmp_path / "out").rglob("epoch-*"))
+
+
 def test_teachers_in_a_circle_are_refused(tmp_path: Path) -> None:
     recipe = installed().recipes()["crt/digits-l2-0.5"].read_text()
     names = [tmp_path / "one.toml", tmp_path / "two.toml"]
@@ -218,7 +290,7 @@ def test_teachers_in_a_circle_are_refused(tmp_path: Path) -> None:
         ({"sigma": None}, "another noise level: None, the student 0.5"),
         ({"class_names": ["1", "0", *map(str, range(2, 10))]}, "another class 0: 1, the student 0"),
         ({"dataset_digest": "0" * 64}, r"another training set: digits \(0000000000000000\)"),
-        ({"class_names": ["0", "1"]}, "of 2 classes, the student"),
+        ({"class_names": ["0", "1"]}, "another number of class names: 2, the student 10"),
         ({"dataset": "mnist"}, r"takes images \(1, 28, 28\)"),
         ({"model": "cnn7"}, "holds no weights of 'cnn7'"),
         ({"model": "cnn8"}, "unknown model 'cnn8'"),
@@ -258,13 +330,16 @@ def test_a_pinned_teacher_must_be_the_one(tmp_path: Path) -> None:
         run_student(path, tmp_path / "out", "method.teacher_id=0123456789abcdef")
 
 
-def test_a_teacher_with_logits_that_are_not_finite_is_refused_before_training(tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 3e38])
+def test_a_teacher_with_logits_that_are_not_finite_is_refused_before_training(
+    tmp_path: Path, value: float
+) -> None:
     path = teacher_file(tmp_path / "files")
     network = build_network("cnn-small", DIGITS.info, 5)
     with torch.no_grad():
-        network[-1].bias[3] = torch.nan
+        network[-1].bias[3] = value
     save_network(path, network)
-    with pytest.raises(RunError, match="gives logits that are NaN or infinite"):
+    with pytest.raises(RunError, match="gives logits on noise that are NaN, infinite or too large"):
         run_student(path, tmp_path / "out")
     assert not list((tmp_path / "out").rglob("epoch-*"))
 
@@ -302,6 +377,9 @@ def objective_task(folder: Path) -> TrainTask:
         ("method.transfer_weight=1.5", "method.transfer_weight = 1.5"),
         ("method.space=cosine", "method.space"),
         ("method.teacher_id=xyz", "method.teacher_id"),
+        ("method.teacher=", "method.teacher"),
+        ('method.teacher="a\\u0000b.safetensors"', "holds control characters"),
+        ('method.teacher="a\\u001b[31mb.toml"', "holds control characters"),
         ("method.a=1", "unknown key 'method.a'"),
     ],
 )

@@ -29,6 +29,7 @@ def register_methods() -> list[MethodCard]:
             guarantee="statistical",
             settings=SmoothMixSettings,
             recipes=files("certbench_smoothmix") / "recipes",
+            suites=files("certbench_smoothmix") / "suites",
             published=files("certbench_smoothmix") / "published",
             certifier=SEQUENTIAL,
             numerics=2,

@@ -21,6 +21,8 @@ from certbench.data.files import load_dataset
 from certbench.errors import UsageError
 from certbench.models import build_network
 from certbench.plugins import installed
+from certbench.recipe import Augmentation
+from certbench.suites import suites
 from certbench.training import Step, climb, keep_near
 from certbench_smoothmix.objective import SmoothMix, mixed_loss
 
@@ -240,6 +242,10 @@ def test_recipes_hold_the_released_settings() -> None:
                 1e-4,
             )
             assert not train.gradient_clip
+            crop = Augmentation(
+                flip=True, crop_padding=4, crop_fill=0.0
+            )  # as published; digits stay as they are
+            assert train.augmentation == (None if recipe.dataset == "mnist" else crop)
     mnist = {(0.25, 1.0): 3, (0.25, 5.0): 2, (0.5, 1.0): 4, (0.5, 5.0): 4, (1.0, 1.0): 8, (1.0, 5.0): 8}
     expected = {("mnist", "lenet", *key, s): (4, T, 1.0) for key, T in mnist.items() for s in (0, 1)}
     for sigma, alpha in ((0.25, 0.5), (0.5, 1.0), (1.0, 2.0)):
@@ -254,10 +260,13 @@ def test_published_figures_speak_of_recipes_that_are_there() -> None:
         for path in (files("certbench_smoothmix") / "published").iterdir()
         for figure in tomllib.loads(path.read_text(encoding="utf-8"))["figures"]
     ]
+    ablations = {member.name for member in suites(installed())["smoothmix/mnist-ablations"].members}
     assert len(figures) > 150
     for figure in figures:
         assert (figure["method"], figure["norm"], figure["basis"]) == ("smoothmix", "l2", "log")
         if "recipe" in figure:
-            recipe = installed().find_recipe(figure["recipe"])
+            name, *changes = figure["recipe"].split(" +")
+            recipe = installed().find_recipe(name, changes)
+            assert not changes or recipe.name in ablations
             found = (recipe.dataset, recipe.model, recipe.sigma)
             assert found == (figure["dataset"], figure["model"], figure["sigma"])

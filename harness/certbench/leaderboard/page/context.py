@@ -210,6 +210,7 @@ def _details(row: Row, board: Board) -> list[tuple[str, list[tuple[str, str]]]]:
                 ("network", f"{row.model}, {run['parameters']:,} parameters"),
                 ("checkpoint", run["checkpoint_digest"][:16]),
                 ("structure", run["structure"] or ""),
+                ("teacher", (run["teacher_digest"] or "")[:16]),
                 ("data", run["dataset_digest"][:16]),
                 ("plugin", f"{run['plugin']} {run['plugin_version']}"),
                 ("code", run["code_revision"] or ""),
