@@ -129,14 +129,15 @@ def report(
         f"{torch.get_num_threads()} threads, {arguments.rounds} rounds\n"
     )
     print(
-        "| method | ms a step, ramp | full radius | s an epoch, full | of standard | of ibp, ramp | of ibp, full |"
+        "| method | ms a step, ramp | full radius | of standard, ramp | of standard, full | of ibp, ramp | of ibp, full "
+        "| s an epoch, full |"
     )
-    print("|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|")
     standard, ibp = median["standard"], median["ibp"]
     for name, (ramp, full) in median.items():
         print(
-            f"| {name} | {1e3 * ramp:.1f} | {1e3 * full:.1f} | {batches * full:.1f} | {full / standard[1]:.2f} | "
-            f"{ramp / ibp[0]:.2f} | {full / ibp[1]:.2f} |"
+            f"| {name} | {1e3 * ramp:.1f} | {1e3 * full:.1f} | {ramp / standard[0]:.2f} | {full / standard[1]:.2f} "
+            f"| {ramp / ibp[0]:.2f} | {full / ibp[1]:.2f} | {batches * full:.1f} |"
         )
 
 

@@ -15,7 +15,7 @@ ALLOWED = {
     "threat": set(),
     "seeding": set(),
     "recipe": {"errors", "threat"},
-    "settings": {"recipe"},
+    "settings": {"errors", "recipe", "threat"},
     "contract": {"recipe", "data"},
     "hookspecs": {"contract", "data"},
     "plugins": GROUND | {"contract", "hookspecs", "data", "models"},

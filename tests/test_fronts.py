@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from certbench.stats.fronts import Sweep, compare, hull, hypervolume, nondominated, staircase
+from certbench.stats.fronts import (
+    Sweep,
+    _resamples,
+    compare,
+    hull,
+    hypervolume,
+    nondominated,
+    staircase,
+)
 
 shares = st.integers(0, 8).map(lambda n: n / 8)
 clouds = st.lists(st.tuples(shares, shares), min_size=1, max_size=7).map(lambda ps: np.array(ps, dtype=float))
@@ -81,6 +89,28 @@ def test_a_front_compared_with_itself_has_ratio_1_in_every_resample() -> None:
     one = sweep([0.5, 0.7], [0.5, 0.1])
     found = compare(one, one, constant=0.1, resamples=100)
     assert {(r.ratio.value, r.ratio.low, r.ratio.high) for r in found.ratios} == {(1.0, 1.0, 1.0)}
+
+
+def test_equal_fronts_have_ratio_1_even_where_a_resample_has_no_robustness() -> None:
+    one = sweep([0.005], [0.5], images=200)  # one certified image: a third of the resamples have none
+    (ratio,) = compare(one, one, constant=0.1, resamples=100).ratios
+    assert ratio.reached and (ratio.ratio.low, ratio.ratio.value, ratio.ratio.high) == (1, 1, 1)
+
+
+def test_ratios_of_nothing_and_of_everything_have_mean_0() -> None:
+    challenger = Sweep(np.ones((1, 2, 4), bool), np.array([[[0.0] * 4, [1.0] * 4]]))
+    baseline = Sweep(np.ones((2, 2, 4), bool), np.array([[[1.0] * 4, [0.0] * 4], [[0.0] * 4, [1.0] * 4]]))
+    mean = compare(challenger, baseline, constant=0.1, resamples=50).mean
+    assert mean is not None and not np.isnan([mean.low, mean.value, mean.high]).any()
+
+
+def test_seeds_vary_in_a_resample_as_their_mean_does() -> None:
+    accuracies = np.array([0.2, 0.5, 0.8])
+    correct = np.array([[(np.arange(1000) + 0.5) / 1000 < a for a in accuracies]])
+    found = Sweep(correct, correct * 1.0)
+    drawn = np.concatenate([found.resampled(i, s)[:, 0, 0] for i, s in _resamples((3, 1000), 4000)])
+    images = (accuracies * (1 - accuracies)).mean() / 1000 / 3
+    assert drawn.var() == pytest.approx(accuracies.var(ddof=1) / 3 + images, rel=0.1)
 
 
 def test_the_interval_widens_with_the_spread_of_seeds_and_images() -> None:

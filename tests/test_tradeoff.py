@@ -85,7 +85,31 @@ def test_seeds_that_are_not_shared_are_left_out_of_a_claim() -> None:
     (claim,) = tradeoff(TERMS, measured, resamples=20).claims
     assert claim.seeds == (1,)
     apart = [*runs("ibp", {"a": (0.6, 0.5)}, (0,)), *runs("new", {"b": (0.7, 0.4), "c": (0.8, 0.2)}, (1,))]
-    assert tradeoff(TERMS, apart, resamples=20).claims == ()
+    found = tradeoff(TERMS, apart, resamples=20)
+    assert found.claims == () and found.unclaimed == ("new",)
+    assert "new against ibp: no seed in common, so nothing is claimed." in markdown(found)
+
+
+@pytest.mark.parametrize("stray", [0, 7])
+def test_a_setting_with_other_seeds_takes_nothing_from_the_rest(stray: int) -> None:
+    more = [*example(), *runs("ibp", {"ibp stray": (0.7, 0.1)}, (stray,))]
+    found, without = tradeoff(TERMS, more, resamples=20), tradeoff(TERMS, example(), resamples=20)
+    (claim,), (expected,) = found.claims, without.claims
+    assert claim.seeds == (0, 1, 2) and claim.left_out == ("ibp stray",)
+    assert claim.comparison == expected.comparison
+    areas = {front.method: front.of_seeds for front in found.fronts}
+    assert areas == {front.method: front.of_seeds for front in without.fronts}
+    assert "* left out, not run with all of seeds 0, 1, 2: ibp stray" in markdown(found)
+
+
+def test_a_point_without_robustness_is_reached_all_the_same() -> None:
+    measured = [
+        *runs("ibp", {"a": (0.9, 0.2), "b": (0.95, 0.1)}),
+        *runs("new", {"x": (0.97, 0.0), "y": (0.5, 0.3)}),
+    ]
+    text = markdown(tradeoff(TERMS, measured, resamples=20))
+    assert "has no point that accurate" not in text and "it reaches none" not in text
+    assert "geometric mean 0.00 [95% CI 0.00, 0.00] over the 2 of 2 baseline points that it reaches" in text
 
 
 def test_points_that_are_not_reached_are_said_to_be_so() -> None:

@@ -182,11 +182,18 @@ def test_milestones_lower_the_rate_from_the_next_epoch_on() -> None:
     assert rates == pytest.approx([1.0] * 7 + [0.2] * 2 + [0.04])
 
 
-def test_one_cycle_is_torchs_linear_three_phase_cycle() -> None:
-    settings = Train(epochs=5, learning_rate=0.02, schedule="one-cycle")
+@pytest.mark.parametrize("division", [1e4, 100])
+def test_one_cycle_is_torchs_linear_three_phase_cycle(division: float) -> None:
+    settings = Train(epochs=5, learning_rate=0.02, schedule="one-cycle", final_division=division)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.02)
     theirs = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, 0.02, total_steps=35, three_phase=True, anneal_strategy="linear", cycle_momentum=False
+        optimizer,
+        0.02,
+        total_steps=35,
+        three_phase=True,
+        anneal_strategy="linear",
+        cycle_momentum=False,
+        final_div_factor=division,
     )
     for batch in range(35):
         step = Step(batch, batch // 7 + 1, 7)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_checkable
 
 from pydantic import AfterValidator, Field
 
@@ -111,6 +111,17 @@ class NoScratch:
         return None
 
     def save(self, content: bytes) -> None: ...
+
+
+@runtime_checkable
+class SuitsRecipe(Protocol):
+    """Settings that can tell, before anything is run, whether they suit the rest of their recipe."""
+
+    def check(self, recipe: Recipe) -> None:
+        """
+        Raises:
+            UsageError: they do not.
+        """
 
 
 def _printable(name: str) -> str:

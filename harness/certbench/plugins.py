@@ -15,7 +15,7 @@ import pluggy
 from pydantic import ValidationError
 
 from certbench import hookspecs
-from certbench.contract import Certificates, CertifyTask, MethodCard, TrainTask
+from certbench.contract import Certificates, CertifyTask, MethodCard, SuitsRecipe, TrainTask
 from certbench.data.catalog import DATASETS, DatasetInfo, dataset_info
 from certbench.errors import PluginError, RunError, UsageError, nearest
 from certbench.recipe import SOUND_CERTIFIERS, Recipe, explain, load_recipe
@@ -212,7 +212,11 @@ class Plugins:
         return self.resolve(load_recipe(known[name], name, overrides), where=str(known[name]))
 
     def resolve(self, recipe: Recipe, where: str | None = None) -> Recipe:
-        """The recipe with the method's defaults filled in; see :meth:`settings`."""
+        """The recipe with the method's defaults filled in; see :meth:`settings`.
+
+        Raises:
+            UsageError: a bad setting, or one that does not suit the rest of the recipe.
+        """
         settings = self.settings(recipe, where).model_dump(mode="json")
         content = recipe.canonical()
         content["method"] = {"name": recipe.method.name, **settings}
@@ -223,7 +227,11 @@ class Plugins:
         elif recipe.certify.guarantee is None:
             sound = certifier in SOUND_CERTIFIERS or recipe.certify.deploy != "float32"
             content["certify"]["guarantee"] = "float_sound" if sound else "real_arith"
-        return Recipe.model_validate(content)
+        resolved = Recipe.model_validate(content)
+        checked = self.settings(resolved, where)
+        if isinstance(checked, SuitsRecipe):
+            checked.check(resolved)
+        return resolved
 
     def settings(self, recipe: Recipe, where: str | None = None) -> Any:
         """The ``[method]`` table as the method's own validated model."""

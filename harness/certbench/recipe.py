@@ -166,10 +166,20 @@ class Train(Strict):
     """The L2 term inside the optimiser, on every parameter."""
     schedule: Literal["milestones", "one-cycle", "cosine"] = "milestones"
     """``one-cycle``: linear in three phases, 30 % of the steps up from a 25th of the rate, 30 % down again, the rest
-    down to a 10,000th of where it began. ``cosine``: half a wave from the rate down to 0. Both change it at each step."""
+    further down. ``cosine``: half a wave from the rate down to 0. Both change it at each step."""
+    final_division: float = Field(default=1e4, ge=1)
+    """By how much the last rate of ``one-cycle`` is below its first."""
 
     later: ClassVar[frozenset[str]] = frozenset(
-        {"augmentation", "milestone_lag", "optimizer", "momentum", "weight_decay", "schedule"}
+        {
+            "augmentation",
+            "milestone_lag",
+            "optimizer",
+            "momentum",
+            "weight_decay",
+            "schedule",
+            "final_division",
+        }
     )
 
     @field_validator("milestones")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from certbench.recipe import Radius, Strict
+from certbench.errors import UsageError
+from certbench.recipe import Radius, Recipe, Strict
+from certbench.threat import format_radius
 
 
 class RampSettings(Strict):
@@ -19,6 +22,24 @@ class RampSettings(Strict):
     ramp_start: int = Field(default=1, ge=1)
     """First epoch of the ramp, counted from 1; the epochs before it train on the clean loss."""
     ramp_epochs: int = Field(default=20, ge=1)
+
+    def trained_radius(self, recipe: Recipe) -> Fraction:
+        """eps_max."""
+        return self.train_radius or recipe.radius
+
+    def check(self, recipe: Recipe) -> None:
+        """
+        Raises:
+            UsageError: the training radius exceeds the cap of the certificates, which would then not see it.
+        """
+        if recipe.threat.radius is None:  # refused elsewhere
+            return
+        radius = self.trained_radius(recipe)
+        if radius > recipe.cap:
+            raise UsageError(
+                f"{recipe.name}: method.train_radius = {format_radius(radius)} lies above certify.cap = "
+                f"{format_radius(recipe.cap)}, so no certificate would show what it trains for; raise the cap"
+            )
 
 
 class WarmUpSettings(RampSettings):

@@ -40,6 +40,10 @@ class Measured:
     radius: Floats
 
 
+Settings = dict[str, dict[int, Measured]]
+"""The runs of one method, by setting and seed."""
+
+
 @dataclass(frozen=True)
 class Terms:
     """What all points of one trade-off table have in common; ``tolerance`` is a share of the cap."""
@@ -69,7 +73,8 @@ class Point:
 
 @dataclass(frozen=True)
 class Front:
-    """A method's points, the most accurate first, and the area under them, of seed means and of every seed."""
+    """A method's points, the most accurate first, and the area under them: of seed means, and of every seed that most
+    settings have, over those settings alone."""
 
     method: str
     points: tuple[Point, ...]
@@ -79,13 +84,15 @@ class Front:
 
 @dataclass(frozen=True)
 class Claim:
-    """A method held against the baseline's points, over the seeds that all settings of both have."""
+    """A method held against the baseline's points, over seeds that all ``settings`` of the baseline and all of the
+    challenger's have but those ``left_out``."""
 
     challenger: str
     baseline: str
     settings: tuple[str, ...]
     seeds: tuple[int, ...]
     comparison: Comparison
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,8 @@ class Tradeoff:
     terms: Terms
     fronts: tuple[Front, ...]
     claims: tuple[Claim, ...]
+    unclaimed: tuple[str, ...] = ()
+    """Methods of which nothing can be said beside the baseline: they share no seed with it."""
 
 
 def tradeoff(terms: Terms, measured: Iterable[Measured], resamples: int = 1000) -> Tradeoff:
@@ -109,12 +118,13 @@ def tradeoff(terms: Terms, measured: Iterable[Measured], resamples: int = 1000) 
             raise ValueError(f"{one.setting} has seed {one.seed} twice")
         sweeps[one.method][one.setting][one.seed] = one
     fronts = tuple(_front(method, settings, terms) for method, settings in sorted(sweeps.items()))
-    claims = [
-        _claim(method, settings, sweeps[BASELINE], terms, resamples)
+    claims = {
+        method: _claim(method, settings, sweeps[BASELINE], terms, resamples)
         for method, settings in sorted(sweeps.items())
         if BASELINE in sweeps and method != BASELINE and len(settings) > 1
-    ]
-    return Tradeoff(terms, fronts, tuple(claim for claim in claims if claim is not None))
+    }
+    made = tuple(claim for claim in claims.values() if claim is not None)
+    return Tradeoff(terms, fronts, made, tuple(method for method, claim in claims.items() if claim is None))
 
 
 def _front(method: str, settings: dict[str, dict[int, Measured]], terms: Terms) -> Front:
@@ -134,9 +144,10 @@ def _front(method: str, settings: dict[str, dict[int, Measured]], terms: Terms) 
         for k in order
     )
     reference = (terms.majority, 0.0)
+    seeds, (kept,) = _shared_seeds([settings])
     of_seeds = {
-        seed: hypervolume(np.array([_mean([settings[name][seed]], terms) for name in names]), reference)
-        for seed in _common_seeds([settings])
+        seed: hypervolume(np.array([_mean([runs[seed]], terms) for runs in kept.values()]), reference)
+        for seed in seeds
     }
     return Front(method, points, hypervolume(means, reference), of_seeds)
 
@@ -147,27 +158,39 @@ def _mean(runs: Sequence[Measured], terms: Terms) -> Floats:
     return np.asarray(Sweep(correct[None], radius[None] / terms.cap).points()[0])
 
 
-def _common_seeds(sweeps: Sequence[dict[str, dict[int, Measured]]]) -> list[int]:
-    return sorted(set.intersection(*(set(seeds) for settings in sweeps for seeds in settings.values())))
+def _shared_seeds(sweeps: Sequence[Settings]) -> tuple[list[int], list[Settings]]:
+    """Seeds, and the settings of every method that have all of them: as many trained networks as there can be.
+
+    So one setting that was run with a seed of its own takes nothing from the others. No seeds, and nothing kept, where
+    some method has none in common with the rest.
+    """
+    known = {frozenset(runs) for settings in sweeps for runs in settings.values()}
+    best: tuple[list[int], list[Settings]] = [], [{} for _ in sweeps]
+    most = (0, 0)
+    for seeds in sorted({one & other for one in known for other in known}, key=sorted):
+        kept = [{name: runs for name, runs in s.items() if seeds <= runs.keys()} for s in sweeps]
+        count = len(seeds) * sum(map(len, kept)), len(seeds)
+        if all(kept) and count > most:
+            most, best = count, (sorted(seeds), kept)
+    return best
 
 
 def _claim(
     method: str,
-    challenger: dict[str, dict[int, Measured]],
-    baseline: dict[str, dict[int, Measured]],
+    challenger: Settings,
+    baseline: Settings,
     terms: Terms,
     resamples: int,
 ) -> Claim | None:
-    seeds = _common_seeds([challenger, baseline])
+    seeds, (ours, theirs) = _shared_seeds([challenger, baseline])
     if not seeds:
         return None
-    compared = compare(
-        _sweep(challenger, seeds, terms), _sweep(baseline, seeds, terms), terms.majority, resamples
-    )
-    return Claim(method, BASELINE, tuple(baseline), tuple(seeds), compared)
+    compared = compare(_sweep(ours, seeds, terms), _sweep(theirs, seeds, terms), terms.majority, resamples)
+    left_out = [name for name in (*challenger, *baseline) if name not in ours and name not in theirs]
+    return Claim(method, BASELINE, tuple(theirs), tuple(seeds), compared, tuple(left_out))
 
 
-def _sweep(settings: dict[str, dict[int, Measured]], seeds: Sequence[int], terms: Terms) -> Sweep:
+def _sweep(settings: Settings, seeds: Sequence[int], terms: Terms) -> Sweep:
     def stacked(column: str) -> Floats:
         return np.array([[getattr(runs[seed], column) for seed in seeds] for runs in settings.values()])
 
@@ -190,8 +213,8 @@ def tradeoffs(boards: Iterable[Board], store: ResultStore) -> list[Tradeoff]:
                 groups[(*common, row.guarantee, row.deploy)].append(row)
     found = []
     for key, rows in sorted(groups.items(), key=lambda item: tuple(map(str, item[0]))):
-        methods = [row.method for row in rows]
-        if max(methods.count(method) for method in methods) > 1:
+        swept = Counter(method for method, _ in {(row.method, row.recipe) for row in rows})
+        if max(swept.values()) > 1:  # other certificates of one recipe, or somebody's copy, are no sweep
             _, dataset, norm, *_ = key
             terms = _terms(str(dataset), str(norm), rows[0], store)
             measured = (
@@ -262,6 +285,7 @@ def markdown(found: Tradeoff) -> str:
         _points(found),
         _areas(found),
         *(_sentences(claim) for claim in found.claims),
+        *(_no_claim(method) for method in found.unclaimed),
         _foot(terms),
     ]
     return "\n\n".join(parts) + "\n"
@@ -331,7 +355,15 @@ def _sentences(claim: Claim) -> str:
         "point that accurate"
         for r in sorted(comparison.ratios, key=lambda r: -r.accuracy)
     ]
+    if claim.left_out:
+        names = ", ".join(map(escape_markdown, claim.left_out))
+        seeds = ", ".join(map(str, claim.seeds))
+        lines.append(f"* left out, not run with all of seeds {seeds}: {names}")
     return "\n".join([" ".join(words), "", *lines])
+
+
+def _no_claim(method: str) -> str:
+    return f"{escape_markdown(method)} against {BASELINE}: no seed in common, so nothing is claimed."
 
 
 def _times(estimate: Estimate) -> str:
@@ -344,12 +376,14 @@ def _count(number: int, noun: str) -> str:
 
 def _foot(terms: Terms) -> str:
     return "\n".join([
-        "* tolerance: how far below the largest provable radius a radius may lie, as a share of the cap.",
+        "* tolerance: the width to which the radius search closes in on the end of what it proves, as a share of the cap; "
+        "where bounds are not monotone, as linear ones, it may miss a larger radius beyond a gap.",
         f"* Points are means over seeds and all test images; radii are {terms.guarantee} certificates, a misclassified "
         "image counting 0.",
         f"* †: at most what a constant classifier has, {100 * terms.majority:.2f} % of the cap.",
         f"* Hypervolume: area above ({100 * terms.majority:.2f} %, 0), the commonest class and no robustness, as shares of 1.",
         "* Ratios: the best ACR among a method's points at least as accurate as the baseline's point (staircase rule), over "
-        "the baseline's; the baseline is never interpolated. Intervals: paired bootstrap over test images nested in seeds, "
-        "1,000 resamples, the maximum and the mean inside.",
+        "the baseline's, over the seeds that are named; 0 where there is none so accurate; the baseline is never interpolated. "
+        "Intervals: paired bootstrap over test images nested in seeds (one seed fewer than there are, as in the boards), 1,000 "
+        "resamples, the maximum and the mean inside.",
     ])  # fmt: skip

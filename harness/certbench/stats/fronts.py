@@ -119,20 +119,24 @@ class Sweep:
         return np.asarray(self.resampled(*once)[0])
 
     def resampled(self, images: Floats, seeds: Floats) -> Floats:
-        """The points when images and seeds count as often as given, (resamples, ...): (resamples, settings, 2)."""
+        """The points when images and seeds count as often as given, (resamples, ...): (resamples, settings, 2).
+
+        Every resample draws equally many.
+        """
         settings, S, N = self.correct.shape
         whole = np.floor(self.radius * STEPS)
         flat = np.stack([self.correct.astype(np.float64), whole], -1).transpose(0, 1, 3, 2).reshape(-1, N)
         sums = (flat @ images.T).reshape(settings, S, 2, len(images))
         total = np.einsum("psmb,bs->bpm", sums, seeds)
-        return np.asarray(total / (S * N) / np.array([1.0, STEPS]))
+        return np.asarray(total / (seeds[0].sum() * N) / np.array([1.0, STEPS]))
 
 
 def compare(challenger: Sweep, baseline: Sweep, constant: float, resamples: int = 1000) -> Comparison:
     """ACR at matched clean accuracy by the staircase rule, with a paired bootstrap over test images nested in seeds.
 
-    A resample draws seeds, and images, with replacement; the draws are the same for all settings of both methods,
-    which must have the same seeds and images. The largest ratio and the mean are taken inside the bootstrap. The
+    A resample draws images, and seeds, with replacement, of these one fewer than there are (see
+    :func:`certbench.stats.bootstrap.nest`); the draws are the same for all settings of both methods, which must have the
+    same seeds and images. The largest ratio and the mean are taken inside the bootstrap. The
     baseline is never interpolated.
 
     Args:
@@ -145,7 +149,7 @@ def compare(challenger: Sweep, baseline: Sweep, constant: float, resamples: int 
         _ratios(challenger.resampled(images, seeds), baseline.resampled(images, seeds))[:, kept]
         for images, seeds in _resamples(baseline.correct.shape[1:], resamples)
     ])  # fmt: skip
-    beyond, reached = ours[kept, 1] > constant, observed[0] > 0
+    beyond, reached = ours[kept, 1] > constant, theirs[:, 0].max() >= ours[kept, 0]
     ratios = tuple(
         Ratio(
             setting=int(j),
@@ -169,16 +173,23 @@ def compare(challenger: Sweep, baseline: Sweep, constant: float, resamples: int 
 
 
 def _ratios(challenger: Floats, baseline: Floats) -> Floats:
-    """Staircase values over the baseline's, (resamples, baseline settings); 0 where no point is accurate enough."""
+    """Staircase values over the baseline's, (resamples, baseline settings); 0 where no point is accurate enough.
+
+    Equal ones have ratio 1, also where both are 0, as may happen in a resample.
+    """
     reached = challenger[:, :, None, 0] >= baseline[:, None, :, 0]
     best = np.where(reached, challenger[:, :, None, 1], 0.0).max(1)
+    both_none = reached.any(1) & (best == 0) & (baseline[..., 1] == 0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.asarray(np.nan_to_num(best / baseline[..., 1], nan=0.0, posinf=np.inf))
+        return np.asarray(
+            np.where(both_none, 1.0, np.nan_to_num(best / baseline[..., 1], nan=0.0, posinf=np.inf))
+        )
 
 
 def _mean(ratios: Floats) -> Floats:
-    with np.errstate(divide="ignore"):
-        return np.asarray(np.exp(np.log(ratios).mean(1)))
+    """The geometric mean of each line; 0 where one ratio is 0, whatever the others."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(np.where((ratios == 0).any(1), 0.0, np.exp(np.log(ratios).mean(1))))
 
 
 def _estimate(observed: Floats, drawn: Floats) -> Estimate:
@@ -197,9 +208,9 @@ def _resamples(shape: tuple[int, ...], count: int) -> Iterator[tuple[Floats, Flo
     source = np.random.RandomState(2307)
     for start in range(0, count, CHUNK):
         many = min(CHUNK, count - start)
-        yield _draws(source, many, images), _draws(source, many, seeds)
+        yield _draws(source, many, images, images), _draws(source, many, seeds, max(1, seeds - 1))
 
 
-def _draws(source: np.random.RandomState, resamples: int, size: int) -> Floats:
-    drawn = source.randint(0, size, (resamples, size)) + size * np.arange(resamples)[:, None]
+def _draws(source: np.random.RandomState, resamples: int, size: int, count: int) -> Floats:
+    drawn = source.randint(0, size, (resamples, count)) + size * np.arange(resamples)[:, None]
     return np.bincount(drawn.ravel(), minlength=resamples * size).reshape(resamples, size).astype(np.float64)

@@ -194,12 +194,12 @@ def learning_rate(settings: Train, step: Step) -> float:
     last = settings.epochs * step.batches_per_epoch - 1
     if settings.schedule == "cosine":
         return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * step.batch / (last + 1)))
-    return settings.learning_rate * one_cycle(step.batch, last)
+    return settings.learning_rate * one_cycle(step.batch, last, settings.final_division)
 
 
-def one_cycle(step: int, last: int) -> float:
+def one_cycle(step: int, last: int, final_division: float) -> float:
     """The factor of a linear three-phase cycle at ``step`` of 0 to ``last`` (Smith and Topin, arXiv 1708.07120)."""
     top = 0.3 * (last + 1) - 1  # the step that has the full rate; torch's own rule for three phases
-    start, end = 1 / 25, 1 / 25 / 1e4
+    start, end = 1 / 25, 1 / 25 / final_division
     at = [0.0, top, 2 * top, float(last)]
     return float(np.interp(step, at, [start, 1.0, start, end]))

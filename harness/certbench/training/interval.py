@@ -13,7 +13,6 @@ from certbench.contract import TrainTask
 from certbench.errors import UsageError
 from certbench.seeding import derive_seed
 from certbench.settings import WarmUpSettings
-from certbench.threat import format_radius
 from certbench.training.fit import Step
 from certbench.training.initialization import ibp_initialization
 from certbench.training.losses import robust_cross_entropy
@@ -62,13 +61,8 @@ class IntervalObjective:
     def __init__(self, task: TrainTask) -> None:
         self.task = task
         self.settings: WarmUpSettings = task.settings
-        radius = self.settings.train_radius or task.recipe.radius
-        if radius > task.recipe.cap:
-            raise UsageError(
-                f"{task.recipe.name}: method.train_radius = {format_radius(radius)} lies above certify.cap = "
-                f"{format_radius(task.recipe.cap)}, so no certificate would show what it trains for; raise the cap"
-            )
-        self.eps_max = float(radius)
+        self.settings.check(task.recipe)
+        self.eps_max = float(self.settings.trained_radius(task.recipe))
 
     def prepare(self, network: nn.Module, batches_per_epoch: int) -> None:
         """Take out the batch norms that the settings leave out, trace the network, and draw its weights.

@@ -55,7 +55,8 @@ def adaptive_radii(
     correct = clean_margin > 0
     some = correct.nonzero().squeeze(1)
     at_c = torch.full_like(clean_margin, -torch.inf)
-    at_c[some] = margin(some, torch.full_like(clean_margin[some], c))
+    if len(some):  # linear bounds are of one image at least
+        at_c[some] = margin(some, torch.full_like(clean_margin[some], c))
     capped = correct & (at_c >= 0)
     rest = (correct & ~capped).nonzero().squeeze(1)
     zero = torch.zeros_like(clean_margin[rest])

@@ -246,6 +246,18 @@ def test_without_a_budget_the_loss_is_the_clean_one(prepared: Prepared) -> None:
     torch.testing.assert_close(objective.loss(x, y, step)[0], entropy)
 
 
+@pytest.mark.parametrize("bounds", ["ibp", "crown-ibp"])
+def test_a_batch_without_a_correct_image_costs_its_cross_entropy(prepared: Prepared, bounds: str) -> None:
+    objective, network, x, _ = prepared
+    with torch.no_grad():
+        wrong = (copy.deepcopy(network)(x).argmax(1) + 1) % 10
+    objective.settings = objective.settings.model_copy(update={"bounds": bounds, "regularizer_weight": 0.0})
+    loss, figures = objective.loss(x, wrong, Step(250, 26, 10))
+    entropy = nn.functional.cross_entropy(copy.deepcopy(network)(x), wrong)
+    torch.testing.assert_close(loss, entropy, rtol=1e-4, atol=1e-4)
+    assert float(figures["wrong"]) == 1 and figures["passes"] == 0
+
+
 def test_figures_tell_how_the_batch_is_shared_out(prepared: Prepared) -> None:
     objective, _, x, y = prepared
     _, figures = objective.loss(x, y, Step(250, 26, 10))
