@@ -102,4 +102,6 @@ for _name, _builder in (
     ("fc5", fc5),
 ):
     for _ending, _activation in ACTIVATIONS.items():
-        register_model(f"{_name}{_ending}")(partial(_builder, activation=_activation))
+        _build = partial(_builder, activation=_activation)
+        _build.__doc__ = _builder.__doc__
+        register_model(f"{_name}{_ending}")(_build)

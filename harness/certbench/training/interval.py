@@ -74,6 +74,13 @@ class IntervalObjective:
         self.eps_at = RAMPS[settings.ramp](
             self.eps_max, settings.ramp_start, settings.ramp_epochs, batches_per_epoch
         )
+        length = 1 if settings.ramp == "none" else settings.ramp_epochs
+        last, epochs = settings.ramp_start - 1 + length, self.task.recipe.train.epochs
+        if last > epochs:
+            self.task.reporter.say(
+                f"{self.task.recipe.name}: the ramp would end with epoch {last}, training ends with epoch {epochs}: it "
+                "never comes to the full radius"
+            )
         remove_batch_norms(network, keep=settings.batch_norm)
         self.graph = trace(network, info.shape)
         if settings.regularizes and all(node.operation != RELU for node in self.graph.nodes):

@@ -21,7 +21,15 @@ from certbench.errors import UsageError
 from certbench.models import build_network
 from certbench.models.registry import Normalize
 from certbench.plugins import installed
-from certbench.training import NATURAL_EPS, Batch, SmoothedRamp, Step, robust_cross_entropies
+from certbench.training import (
+    NATURAL_EPS,
+    Batch,
+    SmoothedRamp,
+    Step,
+    relu_balance,
+    robust_cross_entropies,
+    tightness,
+)
 from certbench_adaptive_radii.objective import AdaptiveRadii
 from certbench_adaptive_radii.radii import Radii
 from certbench_adaptive_radii.settings import AdaptiveRadiiSettings
@@ -135,6 +143,47 @@ def test_the_loss_of_every_kappa(oracle: Arrays, number: int) -> None:
     objective = objective_on(network_of(oracle), oracle, kappa=kappa, regularizer_weight=0)
     loss, _ = objective.loss(tensor(oracle, "x"), tensor(oracle, "y"), Step(0, 1, 1))
     torch.testing.assert_close(loss, tensor(oracle, "loss_kappa")[number], rtol=1e-9, atol=0)
+
+
+def test_robust_losses_at_the_radii_and_at_one_for_all(oracle: Arrays) -> None:
+    graph, x, y = trace(network_of(oracle), (1, 8, 8)), tensor(oracle, "x"), tensor(oracle, "y")
+
+    def losses(eps: Tensor | float) -> Tensor:
+        return robust_cross_entropies(graph.bound(input_box(x, eps), {}).margins(y))
+
+    exact = losses(tensor(oracle, "radius_exact"))
+    torch.testing.assert_close(exact, tensor(oracle, "adaptive_robust_ce"), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(exact.mean(), tensor(oracle, "loss_rob"), rtol=1e-10, atol=0)
+    fixed = losses(float(oracle["eps_max"])).mean()
+    torch.testing.assert_close(fixed, tensor(oracle, "fixed_loss_rob"), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize(("at", "names"), [("reg_eps", "reg"), ("warm_eps", "warm_reg")])
+def test_regularisers_at_radii_of_their_own(oracle: Arrays, at: str, names: str) -> None:
+    graph = trace(network_of(oracle), (1, 8, 8))
+    box = input_box(tensor(oracle, "x"), tensor(oracle, at))
+    kept = graph.bound(box, {}, keep={"aten.relu.default"}).kept
+    r_0 = box.radius / tensor(oracle, "data_std").view(-1, 1, 1)
+    exact = {"rtol": 1e-10, "atol": 1e-12}
+    torch.testing.assert_close(tightness(r_0, kept), tensor(oracle, f"{names}_tight"), **exact)
+    torch.testing.assert_close(relu_balance(kept), tensor(oracle, f"{names}_relu"), **exact)
+
+
+def test_boxes_before_the_relus(oracle: Arrays) -> None:
+    graph = trace(network_of(oracle), (1, 8, 8))
+    box = input_box(tensor(oracle, "x")[:4], float(oracle["bounds_eps"]))
+    kept = graph.bound(box, {}, keep={"aten.relu.default"}).kept
+    for j, found in enumerate(kept, start=1):
+        torch.testing.assert_close(found.lower, tensor(oracle, f"pre_lo_{j}"), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(found.upper, tensor(oracle, f"pre_hi_{j}"), rtol=1e-10, atol=1e-12)
+    assert len(kept) == 3
+
+
+def test_the_schedule_of_the_budget(oracle: Arrays) -> None:
+    E, s, length = oracle["sched_args"].tolist()
+    ramp = SmoothedRamp(float(oracle["eps_max"]), s, length, E)
+    found = [ramp(int(step)) for step in oracle["sched_steps"]]
+    np.testing.assert_allclose(found, oracle["sched_eps"], rtol=1e-12, atol=0)
 
 
 def test_gradients_hold_the_radii_constant(oracle: Arrays) -> None:

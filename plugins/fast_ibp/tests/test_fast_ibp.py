@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from certbench.bounds import RELU, input_box, trace
-from certbench.contract import TrainTask
+from certbench.contract import SilentReporter, TrainTask
 from certbench.data.catalog import DATASETS
 from certbench.data.dataset import Dataset, to_pixels
 from certbench.data.files import load_dataset
@@ -164,6 +165,34 @@ def test_each_regularizer_has_its_switch_and_default_weights_stay(digits: Datase
 def test_a_training_radius_above_the_cap_is_refused(digits: Dataset, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="train_radius = 0.3 lies above certify.cap = 0.2"):
         prepared(digits, tmp_path, train_radius="0.3")
+
+
+def test_a_ramp_that_outlasts_training_is_said_to(digits: Dataset, tmp_path: Path) -> None:
+    class Told(SilentReporter):
+        said: ClassVar[list[str]] = []
+
+        def say(self, message: str) -> None:
+            self.said.append(message)
+
+    objective, network = prepared(digits, tmp_path)
+    objective.task = replace(objective.task, reporter=Told())
+    epochs = objective.task.recipe.train.epochs
+    for ramp, start, length, words in (
+        ("smoothed", 2, epochs - 1, []),
+        (
+            "smoothed",
+            2,
+            epochs,
+            [f"the ramp would end with epoch {epochs + 1}, training ends with epoch {epochs}"],
+        ),
+        ("none", 2, epochs, []),
+        ("none", epochs + 1, 1, ["never comes to the full radius"]),
+    ):
+        Told.said.clear()
+        changes = {"ramp": ramp, "ramp_start": start, "ramp_epochs": length}
+        objective.settings = objective.settings.model_copy(update=changes)
+        objective.prepare(network, BATCHES)
+        assert len(Told.said) == len(words) and all(word in Told.said[0] for word in words)
 
 
 def test_regularizers_need_relus(digits: Dataset, tmp_path: Path) -> None:
