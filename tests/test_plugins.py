@@ -417,6 +417,28 @@ def test_data_sets_and_models_of_plugins_join_the_cores() -> None:
         found.dataset("tiny-randm")
 
 
+class Checks(Strict):
+    radius_seen: bool = False
+
+    def check_recipe(self, recipe: Recipe) -> None:
+        raise ValueError("boom")
+
+
+def test_a_check_of_a_plugins_settings_that_fails_is_one_line() -> None:
+    card = MethodCard("checks", "s", "p", "linf", "real_arith", Checks, certifier="ibp")
+
+    class Method:
+        @hookimpl
+        def register_methods(self) -> list[MethodCard]:
+            return [card]
+
+    found = plugins(checks=Method())
+    recipe = smoothed_recipe(0.5).canonical() | {"method": {"name": "checks"}}
+    resolved = found.resolve(parse_recipe({**recipe, "threat": {"radius": "0.1"}}, "mine"))
+    with pytest.raises(PluginError, match="toy-checks: check_recipe of checks failed: ValueError: boom"):
+        found._checked(resolved)
+
+
 def test_a_teacher_may_have_learnt_a_plugins_data_or_classes_without_names() -> None:
     from certbench.data.dataset import Dataset, Split
     from certbench.training.teacher import NetworkCard, check_teacher

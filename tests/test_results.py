@@ -376,6 +376,7 @@ def test_reading_checks_as_writing_does(
         ({"recipe": "[" * 100_000}, "not JSON"),
         ({"recipe": '{"b":1, "a":2}'}, "canonical"),
         ({"seed": 1}, "seed is 1, but its recipe says 0"),
+        ({"teacher_digest": "<b>"}, "teacher_digest is not 64 hexadecimal digits"),
         (
             {"radius": Fraction(1, 10), "cap": Fraction(1, 10)},
             "radius is '1/10', but its recipe says '8/255'",

@@ -90,9 +90,9 @@ def test_seeds_that_are_not_shared_are_left_out_of_a_claim() -> None:
     assert "new against ibp: no seed in common, so nothing is claimed." in markdown(found)
 
 
-@pytest.mark.parametrize("stray", [0, 7])
-def test_a_setting_with_other_seeds_takes_nothing_from_the_rest(stray: int) -> None:
-    more = [*example(), *runs("ibp", {"ibp stray": (0.7, 0.1)}, (stray,))]
+@pytest.mark.parametrize("stray", [(0,), (7,)])
+def test_a_setting_with_other_seeds_takes_nothing_from_the_rest(stray: tuple[int, ...]) -> None:
+    more = [*example(), *runs("ibp", {"ibp stray": (0.7, 0.1)}, stray)]
     found, without = tradeoff(TERMS, more, resamples=20), tradeoff(TERMS, example(), resamples=20)
     (claim,), (expected,) = found.claims, without.claims
     assert claim.seeds == (0, 1, 2) and claim.left_out == ("ibp stray",)
@@ -100,6 +100,34 @@ def test_a_setting_with_other_seeds_takes_nothing_from_the_rest(stray: int) -> N
     areas = {front.method: front.of_seeds for front in found.fronts}
     assert areas == {front.method: front.of_seeds for front in without.fronts}
     assert "* left out, not run with all of seeds 0, 1, 2: ibp stray" in markdown(found)
+
+
+def test_a_setting_with_many_seeds_takes_nothing_from_the_rest() -> None:
+    many = [*runs("ibp", {"x": (0.7, 0.1)}, range(20)), *runs("new", {"x": (0.7, 0.1)}, range(20))]
+    (claim,) = tradeoff(TERMS, [*example(), *many], resamples=20).claims
+    assert claim.seeds == (0, 1, 2) and claim.left_out == () and len(claim.settings) == 4
+
+
+def test_settings_that_share_seeds_only_all_together_are_kept_together() -> None:
+    seeds = ((0, 1, 2, 3), (0, 1, 2, 4), (0, 1, 3, 4), (0, 2, 3, 4))
+    measured = [one for k, s in enumerate(seeds) for one in runs("ibp", {f"s{k}": (0.6, 0.1 + k / 50)}, s)]
+    measured += runs("new", {"a": (0.8, 0.2), "s0": (0.7, 0.3)}, (0, 1, 2))
+    (claim,) = tradeoff(TERMS, measured, resamples=20).claims
+    assert (claim.settings, claim.seeds) == (("s0", "s1"), (0, 1, 2))
+    assert claim.left_out == ("s2", "s3")
+
+
+def test_seeds_that_three_settings_share_are_found() -> None:
+    seeds = ((0, 1, 2, 3, 4), (0, 1, 2, 3, 5), (0, 1, 2, 4, 5))
+    measured = [one for k, s in enumerate(seeds) for one in runs("ibp", {f"s{k}": (0.6, 0.2)}, s)]
+    (front,) = tradeoff(TERMS, measured, resamples=20).fronts
+    assert list(front.of_seeds) == [0, 1, 2]
+
+
+def test_what_is_left_out_is_said_of_each_method() -> None:
+    measured = [*example(), *runs("new", {"ibp bad": (0.7, 0.1)}, (9,))]
+    (claim,) = tradeoff(TERMS, measured, resamples=20).claims
+    assert "ibp bad" in claim.settings and claim.left_out == ("ibp bad",)
 
 
 def test_a_point_without_robustness_is_reached_all_the_same() -> None:

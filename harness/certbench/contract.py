@@ -115,9 +115,9 @@ class NoScratch:
 
 @runtime_checkable
 class SuitsRecipe(Protocol):
-    """Settings that can tell, before anything is run, whether they suit the rest of their recipe."""
+    """Settings that can tell, when a recipe is found and nothing is run yet, whether they suit the rest of it."""
 
-    def check(self, recipe: Recipe) -> None:
+    def check_recipe(self, recipe: Recipe) -> None:
         """
         Raises:
             UsageError: they do not.

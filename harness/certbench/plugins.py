@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from certbench import hookspecs
 from certbench.contract import Certificates, CertifyTask, MethodCard, SuitsRecipe, TrainTask
 from certbench.data.catalog import DATASETS, DatasetInfo, dataset_info
-from certbench.errors import PluginError, RunError, UsageError, nearest
+from certbench.errors import CertbenchError, PluginError, RunError, UsageError, nearest
 from certbench.recipe import SOUND_CERTIFIERS, Recipe, explain, load_recipe
 
 if TYPE_CHECKING:
@@ -198,25 +198,22 @@ class Plugins:
         """A recipe by name or by path, with every setting filled in and checked, the method's own included.
 
         Raises:
-            UsageError: no such recipe or file, unknown key or bad value.
+            UsageError: no such recipe or file, unknown key or bad value, or settings that do not suit each other.
         """
         path = Path(name)
         if path.suffix == ".toml":
-            return self.resolve(load_recipe(path, overrides=overrides), where=name)
+            return self._checked(self.resolve(load_recipe(path, overrides=overrides), where=name))
         known = self.recipes()
         if name not in known:
             raise UsageError(
                 f"unknown recipe {name!r}; {nearest(name, known)} A recipe file ends in .toml; "
                 "`certbench list recipes` shows the installed ones"
             )
-        return self.resolve(load_recipe(known[name], name, overrides), where=str(known[name]))
+        found = load_recipe(known[name], name, overrides)
+        return self._checked(self.resolve(found, where=str(known[name])))
 
     def resolve(self, recipe: Recipe, where: str | None = None) -> Recipe:
-        """The recipe with the method's defaults filled in; see :meth:`settings`.
-
-        Raises:
-            UsageError: a bad setting, or one that does not suit the rest of the recipe.
-        """
+        """The recipe with the method's defaults filled in; see :meth:`settings`."""
         settings = self.settings(recipe, where).model_dump(mode="json")
         content = recipe.canonical()
         content["method"] = {"name": recipe.method.name, **settings}
@@ -227,11 +224,22 @@ class Plugins:
         elif recipe.certify.guarantee is None:
             sound = certifier in SOUND_CERTIFIERS or recipe.certify.deploy != "float32"
             content["certify"]["guarantee"] = "float_sound" if sound else "real_arith"
-        resolved = Recipe.model_validate(content)
-        checked = self.settings(resolved, where)
-        if isinstance(checked, SuitsRecipe):
-            checked.check(resolved)
-        return resolved
+        return Recipe.model_validate(content)
+
+    def _checked(self, recipe: Recipe) -> Recipe:
+        """The recipe, if the method's own check has nothing against it."""
+        settings = self.settings(recipe)
+        if isinstance(settings, SuitsRecipe):
+            try:
+                settings.check_recipe(recipe)
+            except CertbenchError:
+                raise
+            except Exception as error:
+                owner = self.owner(recipe.method.name).plugin.distribution
+                raise PluginError(
+                    f"{owner}: check_recipe of {recipe.method.name} failed: {type(error).__name__}: {error}"
+                ) from error
+        return recipe
 
     def settings(self, recipe: Recipe, where: str | None = None) -> Any:
         """The ``[method]`` table as the method's own validated model."""

@@ -198,6 +198,12 @@ class Train(Strict):
         return self
 
     @model_validator(mode="after")
+    def _final_division_needs_its_schedule(self) -> Train:
+        if self.final_division != 1e4 and self.schedule != "one-cycle":
+            raise ValueError(f'final_division says nothing to schedule = "{self.schedule}"; leave it out')
+        return self
+
+    @model_validator(mode="after")
     def _milestones_need_their_schedule(self) -> Train:
         if self.milestones and self.schedule != "milestones":
             raise ValueError(f'milestones say nothing to schedule = "{self.schedule}"; leave one of them out')

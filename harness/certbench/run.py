@@ -62,6 +62,7 @@ from certbench.stages.train import (
     copy_cost,
     copy_teacher,
     find_trained,
+    has_checkpoints,
     keep_teacher,
     taught_by,
     training_id,
@@ -266,7 +267,7 @@ class Run:
 
     def _finished_student(self) -> nn.Module | None:
         """The network of a recorded student, which needs its teacher no longer; None where there is none."""
-        is_done = self.store.has_run(self.id) and self._has_network and any(self.folder.glob("epoch-*"))
+        is_done = self.store.has_run(self.id) and has_checkpoints(self.folder)
         return self.trained(only_load=True) if self.teacher is not None and is_done else None
 
     def _taken(self) -> nn.Module | None:
@@ -275,7 +276,7 @@ class Run:
         None where this run has checkpoints, where there is no such run, or where its checkpoints are no longer those of
         the network that it recorded.
         """
-        if self.store.has_run(self.id) or any(self.folder.glob("epoch-*")):
+        if self.store.has_run(self.id) or has_checkpoints(self.folder):
             return None
         wanted = training_id(self.recipe.canonical(), self.dataset.digest, self.owned.card.numerics)
         structure = self.applicability.structure
@@ -521,11 +522,24 @@ class Run:
             "recipe": recipe.canonical_json(),
             "checkpoint_digest": network_digest(network),
             "structure": self.applicability.structure,
-            "teacher_digest": taught_by(self.folder),
+            "teacher_digest": self._teacher_digest(),
             "epochs": recipe.train.epochs,
             **provenance.versions(),
             "code_revision": provenance.code_revision(),
         }
+
+    def _teacher_digest(self) -> str | None:
+        """Which network this one learnt from: what is recorded of it, or else what its folder says."""
+        if not isinstance(self.plugins.settings(self.recipe), TeacherSettings):
+            return None
+        recorded = self.store.run(self.id)["teacher_digest"] if self.store.has_run(self.id) else None
+        digest: str | None = recorded or taught_by(self.folder)
+        if digest is None:
+            raise RunError(
+                f"{self.recipe.name}: nothing in {self.folder} says which network it learnt from; remove the folder to "
+                "train it again"
+            )
+        return digest
 
     def outcome(self) -> RunOutcome:
         """What the store holds for this run and these settings."""

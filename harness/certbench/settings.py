@@ -27,7 +27,7 @@ class RampSettings(Strict):
         """eps_max."""
         return self.train_radius or recipe.radius
 
-    def check(self, recipe: Recipe) -> None:
+    def check_recipe(self, recipe: Recipe) -> None:
         """
         Raises:
             UsageError: the training radius exceeds the cap of the certificates, which would then not see it.

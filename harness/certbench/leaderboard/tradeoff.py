@@ -23,6 +23,8 @@ from certbench.stats.fronts import Comparison, Estimate, Floats, Sweep, compare,
 
 BASELINE = "ibp"
 """The method whose points others are held against; its sweep goes over kappa and over the training radius."""
+ENOUGH = 3
+"""Seeds of which a claim should rest on no fewer; more are welcome, but no setting is left out for them."""
 
 
 @dataclass(frozen=True)
@@ -159,17 +161,20 @@ def _mean(runs: Sequence[Measured], terms: Terms) -> Floats:
 
 
 def _shared_seeds(sweeps: Sequence[Settings]) -> tuple[list[int], list[Settings]]:
-    """Seeds, and the settings of every method that have all of them: as many trained networks as there can be.
+    """Seeds, and the settings of every method that have all of them: as many settings as there can be, and as many seeds
+    up to :data:`ENOUGH`, one as dear as the other.
 
-    So one setting that was run with a seed of its own takes nothing from the others. No seeds, and nothing kept, where
-    some method has none in common with the rest.
+    So a setting that was run with a seed of its own, or with many more than the rest, takes nothing from the others. No
+    seeds, and nothing kept, where some method has none in common with the rest.
     """
-    known = {frozenset(runs) for settings in sweeps for runs in settings.values()}
+    shared = {frozenset(runs) for settings in sweeps for runs in settings.values()}
+    while more := {one & other for one in shared for other in shared} - shared:
+        shared |= more
     best: tuple[list[int], list[Settings]] = [], [{} for _ in sweeps]
     most = (0, 0)
-    for seeds in sorted({one & other for one in known for other in known}, key=sorted):
+    for seeds in sorted(shared, key=sorted):
         kept = [{name: runs for name, runs in s.items() if seeds <= runs.keys()} for s in sweeps]
-        count = len(seeds) * sum(map(len, kept)), len(seeds)
+        count = min(len(seeds), ENOUGH) * sum(map(len, kept)), len(seeds)
         if all(kept) and count > most:
             most, best = count, (sorted(seeds), kept)
     return best
@@ -186,7 +191,8 @@ def _claim(
     if not seeds:
         return None
     compared = compare(_sweep(ours, seeds, terms), _sweep(theirs, seeds, terms), terms.majority, resamples)
-    left_out = [name for name in (*challenger, *baseline) if name not in ours and name not in theirs]
+    left_out = [name for name in challenger if name not in ours]
+    left_out += [name for name in baseline if name not in theirs]
     return Claim(method, BASELINE, tuple(theirs), tuple(seeds), compared, tuple(left_out))
 
 
@@ -203,12 +209,13 @@ def _sweep(settings: Settings, seeds: Sequence[int], terms: Terms) -> Sweep:
 def tradeoffs(boards: Iterable[Board], store: ResultStore) -> list[Tradeoff]:
     """A trade-off for every set of terms under which some method has two settings or more.
 
-    Voided and incomplete rows and rows with an unknown radius take no part, nor do statistical guarantees.
+    Voided, incomplete and submitted rows and rows with an unknown radius take no part, nor do statistical guarantees.
     """
     groups: dict[tuple[object, ...], list[Row]] = defaultdict(list)
     for board in boards:
         for row in board.rows:
-            if row.complete and row.acr is not None and row.cap and row.guarantee != "statistical":
+            is_proved = row.complete and row.acr is not None and row.guarantee != "statistical"
+            if is_proved and row.cap and not row.submitter:
                 common = board.protocol, board.dataset, board.norm, row.model, row.cap, row.certifier
                 groups[(*common, row.guarantee, row.deploy)].append(row)
     found = []
@@ -254,10 +261,6 @@ def _terms(dataset: str, norm: str, row: Row, store: ResultStore) -> Terms:
 def _names(rows: Sequence[Row]) -> list[str]:
     """What each row is called among its method's: the recipe, and what else tells it from another row of that name."""
     names = [f"{row.recipe} ({row.variant})" if row.variant else row.recipe for row in rows]
-    names = [
-        f"{name}, submitted by {row.submitter}" if row.submitter else name
-        for row, name in zip(rows, names, strict=True)
-    ]
     known = Counter(zip((row.method for row in rows), names, strict=True))
     return [
         name if known[row.method, name] == 1 else f"{name}, settings {row.settings_digest[:8]}"
@@ -381,7 +384,8 @@ def _foot(terms: Terms) -> str:
         f"* Points are means over seeds and all test images; radii are {terms.guarantee} certificates, a misclassified "
         "image counting 0.",
         f"* †: at most what a constant classifier has, {100 * terms.majority:.2f} % of the cap.",
-        f"* Hypervolume: area above ({100 * terms.majority:.2f} %, 0), the commonest class and no robustness, as shares of 1.",
+        f"* Hypervolume: area above ({100 * terms.majority:.2f} %, 0), the commonest class and no robustness, as shares of 1; "
+        "of each seed: over the settings that have all the seeds shown.",
         "* Ratios: the best ACR among a method's points at least as accurate as the baseline's point (staircase rule), over "
         "the baseline's, over the seeds that are named; 0 where there is none so accurate; the baseline is never interpolated. "
         "Intervals: paired bootstrap over test images nested in seeds (one seed fewer than there are, as in the boards), 1,000 "

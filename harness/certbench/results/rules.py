@@ -144,6 +144,8 @@ def _run_problems(row: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name} = {row[name]} lies below {least}"
     if row["sigma"] is not None and not 0 < row["sigma"] <= LARGEST:
         yield f"sigma = {row['sigma']} is not a positive number up to {LARGEST:g}"
+    if (teacher := row["teacher_digest"]) is not None and not re.fullmatch(r"[0-9a-f]{64}", teacher):
+        yield "teacher_digest is not 64 hexadecimal digits"
     yield from _radius_problems(row)
     yield from _recipe_problems(row)
 

@@ -174,6 +174,11 @@ class ResultStore:
     def _replace_run(self, old: pa.Table, new: pa.Table, where: str) -> pa.Table:
         digests = [table.column("checkpoint_digest")[0].as_py() for table in (old, new)]
         run_id = new.column("run_id")[0].as_py()
+        taught = [table.column("teacher_digest")[0].as_py() for table in (old, new)]
+        if taught[0] not in (None, taught[1]) and digests[0] == digests[1]:
+            raise DataError(
+                f"{where}: run {run_id} learnt from network {taught[0][:16]}, not from {taught[1]!r:.18}"
+            )
         if digests[0] != digests[1] and any((self.folder / CERTIFICATES.name).glob(f"{run_id}-*.parquet")):
             raise DataError(
                 f"{where}: run {run_id} has certificates of checkpoint {digests[0][:16]}; they do not hold for "

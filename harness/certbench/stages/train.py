@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,14 @@ def _structure(row: Mapping[str, Any], folder: Path) -> str | None:
     return known or (path.read_text(encoding="utf-8") if path.is_file() else None)
 
 
+def has_checkpoints(folder: Path) -> bool:
+    """Whether training could go on from what lies there: anything but what the harness itself writes, and tensors that
+    no sidecar says are whole."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    lone = {name for name in names if name.endswith(".safetensors") and f"{name[:-12]}.json" not in names}
+    return any(not any(fnmatch(name, pattern) for pattern in _OWN) for name in names - lone)
+
+
 def copy_checkpoints(trained: Trained, folder: Path) -> Path:
     """Copy the checkpoints, or whatever else the method's plugin keeps there, into a part of another run's folder.
 
@@ -107,19 +117,19 @@ def keep_teacher(folder: Path, teacher: Mapping[str, Any]) -> None:
     """Write down whom a student learns from, in its folder, before it does.
 
     Raises:
-        RunError: the checkpoints there learnt from another network.
+        RunError: the checkpoints there learnt from another network, or it is not known from which.
     """
     known = taught_by(folder)
-    if known not in (None, teacher["digest"]) and any(folder.glob("epoch-*")):
+    if known != teacher["digest"] and has_checkpoints(folder):
         raise RunError(
-            f"the student in {folder} began to learn from a network of digest {known[:16]}, teacher {teacher['teacher']} is "
-            f"now {teacher['digest'][:16]}; remove the folder to train the student again"
+            f"the student in {folder} began to learn from {f'network {known[:16]}' if known else 'an unknown network'}, "
+            f"teacher {teacher['teacher']} is now {teacher['digest'][:16]}; remove the folder to train the student again"
         )
     write_atomically(folder / TEACHER, json.dumps(teacher, indent=1, sort_keys=True).encode())
 
 
 def taught_by(folder: Path) -> str | None:
-    """The digest of the network that the student in this folder learnt from; None for a run without a teacher.
+    """The digest of the network that the student in this folder learnt from; None where nothing says it.
 
     Raises:
         RunError: what was written down cannot be read.
@@ -128,15 +138,21 @@ def taught_by(folder: Path) -> str | None:
     if not path.is_file():
         return None
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["digest"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} cannot be read ({type(error).__name__}); delete it to train again") from None
+        digest = json.loads(path.read_text(encoding="utf-8"))["digest"]
+        if re.fullmatch(r"[0-9a-f]{64}", digest):
+            return str(digest)
+        reason = "its digest is none"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = type(error).__name__
+    raise RunError(f"{path} cannot be read ({reason}); remove its folder to train the student again")
 
 
 def copy_teacher(trained: Trained, folder: Path) -> None:
     """Whom another run's network learnt from, written down for this one, whose network it is too."""
     if (path := trained.folder / TEACHER).is_file():
         write_atomically(folder / TEACHER, path.read_bytes())
+    else:
+        (folder / TEACHER).unlink(missing_ok=True)
 
 
 def copy_cost(store: ResultStore, trained: Trained, run_id: str) -> None:

@@ -187,9 +187,13 @@ def _ratios(challenger: Floats, baseline: Floats) -> Floats:
 
 
 def _mean(ratios: Floats) -> Floats:
-    """The geometric mean of each line; 0 where one ratio is 0, whatever the others."""
+    """The geometric mean of each line; 0 where one ratio is 0, whatever the others.
+
+    Rounded to where no two mathematical libraries differ.
+    """
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.asarray(np.where((ratios == 0).any(1), 0.0, np.exp(np.log(ratios).mean(1))))
+        means = np.exp(np.log(ratios).mean(1)).round(12)
+    return np.asarray(np.where((ratios == 0).any(1), 0.0, means))
 
 
 def _estimate(observed: Floats, drawn: Floats) -> Estimate:

@@ -61,7 +61,7 @@ class IntervalObjective:
     def __init__(self, task: TrainTask) -> None:
         self.task = task
         self.settings: WarmUpSettings = task.settings
-        self.settings.check(task.recipe)
+        self.settings.check_recipe(task.recipe)
         self.eps_max = float(self.settings.trained_radius(task.recipe))
 
     def prepare(self, network: nn.Module, batches_per_epoch: int) -> None:
@@ -76,7 +76,7 @@ class IntervalObjective:
         )
         length = 1 if settings.ramp == "none" else settings.ramp_epochs
         last, epochs = settings.ramp_start - 1 + length, self.task.recipe.train.epochs
-        if last > epochs:
+        if last > epochs and not self.task.only_load:
             self.task.reporter.say(
                 f"{self.task.recipe.name}: the ramp would end with epoch {last}, training ends with epoch {epochs}: it "
                 "never comes to the full radius"

@@ -20,7 +20,10 @@ from certbench.training.noise import gaussian_noise
 
 
 class NoisyObjective:
-    """Base of objectives that train on Gaussian noise of standard deviation ``sigma``, in raw pixel units."""
+    """Base of objectives that train on Gaussian noise of standard deviation ``sigma``, in raw pixel units.
+
+    Where this class changes numbers, every method on it raises its own ``numerics``.
+    """
 
     network: nn.Module
 

@@ -151,6 +151,15 @@ def find_teacher(student: Recipe, plugins: Plugins) -> Recipe | NetworkFile:
     return recipe
 
 
+def _renamed(name: str, teacher: str) -> str:
+    """A recipe's name in which no override names another teacher, or this one by its folder."""
+    parts = name.split(" +")
+    ours = [k for k, part in enumerate(parts) if part.startswith("method.teacher=")]
+    if ours:
+        parts[ours[-1]] = f"method.teacher={teacher}"
+    return " +".join(part for k, part in enumerate(parts) if k not in ours[:-1])
+
+
 def pinned(student: Recipe, identity: str, settings: TeacherSettings) -> Recipe:
     """The recipe with its teacher's identity in it; of a teacher's file only the name stays, wherever it lies.
 
@@ -164,8 +173,9 @@ def pinned(student: Recipe, identity: str, settings: TeacherSettings) -> Recipe:
         )
     content = student.canonical()
     content["method"] |= {"teacher_id": identity}
-    if settings.teacher.endswith((".safetensors", ".toml")):
-        bare = Path(settings.teacher).name
-        content["method"] |= {"teacher": bare}
-        content["name"] = student.name.replace(settings.teacher, bare)
+    teacher = settings.teacher
+    if Path(teacher).suffix in {".safetensors", ".toml"}:
+        teacher = Path(teacher).name
+    content["method"] |= {"teacher": teacher}
+    content["name"] = _renamed(student.name.replace(settings.teacher, teacher), teacher)
     return Recipe.model_validate(content)

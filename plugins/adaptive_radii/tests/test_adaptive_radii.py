@@ -21,6 +21,8 @@ from certbench.errors import UsageError
 from certbench.models import build_network
 from certbench.models.registry import Normalize
 from certbench.plugins import installed
+from certbench.recorded import certify_again
+from certbench.run import run_recipe
 from certbench.training import (
     NATURAL_EPS,
     Batch,
@@ -394,3 +396,14 @@ def test_l1_adds_the_weights_of_layers_alone() -> None:
 def test_bad_settings_are_explained(override: str, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         installed().find_recipe("adaptive-radii/digits-linf-0.1", [override])
+
+
+def test_a_finished_run_is_certified_again_below_its_training_radius(tmp_path: Path) -> None:
+    changes = ["train.epochs=1", "method.ramp_epochs=1"]
+    outcome = run_recipe(
+        "adaptive-radii/digits-linf-0.1", out=tmp_path, overrides=changes, attack=None, device="cpu"
+    )
+    found = certify_again(outcome.run_id, {}, radius="0.01", out=tmp_path, device="cpu")
+    assert found.certified_accuracy >= outcome.certified_accuracy
+    with pytest.raises(UsageError, match="train_radius = 0.2 lies above certify.cap = 0.1"):
+        installed().find_recipe("adaptive-radii/digits-linf-0.1", ["certify.cap=0.1"])

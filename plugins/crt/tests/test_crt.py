@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from certbench.contract import SilentReporter, TrainTask
 from certbench.data.dataset import to_pixels
 from certbench.data.files import load_dataset
-from certbench.errors import RunError, UsageError
+from certbench.errors import DataError, RunError, UsageError
 from certbench.models import build_network
 from certbench.plugins import installed
 from certbench.recorded import load_run
@@ -173,6 +173,30 @@ def test_the_run_id_follows_the_teachers_content_and_not_its_place(
     assert path.read_bytes() != moved.read_bytes()
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["method.teacher={}"],
+        ["method.teacher=/home/me/secret.safetensors", "method.teacher={}"],
+        ["method.teacher=/home/me/secret.toml", "train.epochs=1", "method.teacher={}"],
+        ['method.teacher="{}"'],
+    ],
+)
+def test_no_folder_gets_into_a_name(tmp_path: Path, overrides: list[str]) -> None:
+    path = teacher_file(tmp_path / "secret +here")
+    changes = [change.format(path) for change in overrides]
+    recipe = installed().find_recipe("crt/digits-l2-0.5", changes)
+    run = Run.prepare(recipe, tmp_path / "out", None, torch.device("cpu"), installed(), SilentReporter())
+    assert "secret" not in run.recipe.canonical_json()
+    assert run.recipe.name.endswith("+method.teacher=teacher.safetensors")
+
+
+def test_a_slash_after_a_recipes_file_changes_nothing(tmp_path: Path) -> None:
+    path = teacher_recipe(tmp_path)
+    plain, slashed = prepared(path, tmp_path / "out"), prepared(f"{path}/", tmp_path / "out")
+    assert plain.id == slashed.id and plain.recipe.name == slashed.recipe.name
+
+
 def test_a_finished_student_is_loaded_without_its_teacher(taught: tuple[Path, Path, RunOutcome]) -> None:
     path, out, outcome = taught
     path.rename(path.with_suffix(".away"))
@@ -237,11 +261,28 @@ def test_a_student_that_began_with_another_network_is_not_gone_on_with(tmp_path:
     (student.folder / "network.safetensors").unlink()
     note = student.folder / "teacher.json"
     note.write_text(json.dumps({**json.loads(note.read_text()), "digest": "0" * 64}))
-    with pytest.raises(RunError, match="began to learn from a network of digest 0000000000000000, teacher"):
+    for row in (tmp_path / "out" / "results" / "runs").iterdir():
+        row.unlink()
+    with pytest.raises(RunError, match="began to learn from network 0000000000000000, teacher"):
         student.train()
-    note.write_text("[]")
-    with pytest.raises(RunError, match="teacher.json cannot be read"):
+    for broken in ("[]", "[" * 100_000, '{"digest": ["x"]}', '{"digest": "ABC"}'):
+        note.write_text(broken)
+        with pytest.raises(RunError, match="teacher.json cannot be read .*; remove its folder to train"):
+            student.train()
+    note.unlink()
+    with pytest.raises(RunError, match="began to learn from an unknown network"):
         student.train()
+
+
+def test_what_is_recorded_of_a_teacher_stays(tmp_path: Path) -> None:
+    student = prepared(teacher_file(tmp_path / "files"), tmp_path / "out")
+    student.train()
+    recorded = student.store.run(student.id)
+    (student.folder / "teacher.json").unlink()
+    student.train()
+    assert student.store.run(student.id)["teacher_digest"] == recorded["teacher_digest"] is not None
+    with pytest.raises(DataError, match="learnt from network"):
+        student.store.write_run({**recorded, "teacher_digest": "0" * 64})
 
 
 def test_a_network_that_is_taken_keeps_its_teacher(tmp_path: Path) -> None:
