@@ -196,6 +196,10 @@ def test_an_interrupted_run_resumes_to_the_same_rows(
     assert not (tmp_path / "results").exists(), "nothing half done is recorded"
     again = short_run(method, tmp_path)
     assert again.run_id == outcome.run_id
+    sessions = ResultStore(tmp_path / "results").read("timings").to_pandas()
+    sessions = sessions[(sessions["run_id"] == again.run_id) & (sessions["stage"] == "train")]
+    assert len(sessions) == 2 and (sessions["seconds"] > 0).all(), "both sessions count"
+    assert not list(again.folder.glob(".cost-*"))
     name = f"{outcome.run_id}.parquet"
     one, two = (pq.read_table(folder / "results" / "runs" / name) for folder in (out, tmp_path))
     assert one.equals(two)

@@ -17,6 +17,7 @@ from certbench.recipe import CORE_NUMERICS
 from certbench.recorded import certify_again, load_run
 from certbench.results.store import ResultStore
 from certbench.run import RunOutcome, run_recipe
+from certbench.stages.timing import Timer
 from certbench.stages.train import TAKEN, Trained, find_trained, training_id
 
 pytestmark = pytest.mark.skipif(
@@ -224,6 +225,34 @@ def test_taking_a_network_that_was_broken_off_is_begun_again(
     timings = ResultStore(shared / "results").read("timings").to_pandas().query("stage == 'train'")
     seconds = timings.groupby("run_id")["seconds"].sum()
     assert seconds[second.run_id] == seconds[first.run_id]
+
+
+@pytest.mark.parametrize(
+    ("left", "count"), [(None, 2), ("[", 1), ('[{"seconds": 1}]', 1), ("[" * 100_000, 1)]
+)
+def test_a_session_that_was_broken_off_counts_as_far_as_it_was_saved(
+    tmp_path: Path, left: str | None, count: int
+) -> None:
+    store, folder, stage = ResultStore(tmp_path / "results"), tmp_path / "run", "certify-any-01234567"
+
+    def timer(goes_on: bool) -> Timer:
+        return Timer(store, "0123456789abcdef", stage, torch.device("cpu"), folder, goes_on)
+
+    folder.mkdir()
+    first = timer(goes_on=False)
+    first.keep()
+    first.keep()
+    if left is not None:
+        (folder / f".cost-{stage}.json").write_text(left)
+    second = timer(goes_on=True)
+    second.keep()
+    second.record()
+    rows = store.read("timings").to_pylist()
+    assert len(rows) == count and all(row["seconds"] > 0 for row in rows)
+    assert list(folder.iterdir()) == []
+    first.keep()  # of work that is no longer there
+    timer(goes_on=False).record()
+    assert store.read("timings").num_rows == count + 1
 
 
 class Sayings(SilentReporter):

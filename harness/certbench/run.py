@@ -52,7 +52,7 @@ from certbench.stages.certify import (
     complete,
     digest_settings,
 )
-from certbench.stages.timing import Timer
+from certbench.stages.timing import KeepsCost, Timer
 from certbench.stages.train import (
     CARD,
     NETWORK,
@@ -256,9 +256,11 @@ class Run:
             network = self._taken()
         if network is None:
             teacher = self._ready_teacher()  # its training is not the student's, and has a timing of its own
-            timer = self._timer("train")
-            network = self.trained(teacher=teacher)
-            if not self.store.has_run(self.id):
+            timer = self._timer("train", goes_on=has_checkpoints(self.folder))
+            is_new = not self.store.has_run(self.id)
+            reporter = KeepsCost(self.reporter, timer) if is_new else self.reporter
+            network = self.trained(teacher=teacher, reporter=reporter)
+            if is_new:
                 timer.record()
         self.store.write_run(self._run_row(network))  # refuses another network than the recorded one
         save_network(self.folder / NETWORK, network)
@@ -326,7 +328,11 @@ class Run:
         return teacher
 
     def trained(
-        self, only_load: bool = False, teacher: Teacher | None = None, folder: Path | None = None
+        self,
+        only_load: bool = False,
+        teacher: Teacher | None = None,
+        folder: Path | None = None,
+        reporter: Reporter | None = None,
     ) -> nn.Module:
         """The network in evaluation mode, from the plugin, which trains only what its checkpoints do not hold.
 
@@ -339,7 +345,7 @@ class Run:
             device=self.device,
             folder=folder or self.folder,
             build_network=self.build_network,
-            reporter=self.reporter,
+            reporter=reporter or self.reporter,
             only_load=only_load,
             teacher=teacher,
         )
@@ -347,8 +353,9 @@ class Run:
 
     def certify(self, network: nn.Module) -> list[Certificates]:
         """Certificates of the whole test set, in order, with the time they took."""
-        timer = self._timer(certify_stage(*self._certificates[1:]))
-        found = self.certificates(network)
+        scratch = self._scratch_path(network_digest(network))
+        timer = self._timer(certify_stage(*self._certificates[1:]), goes_on=scratch.is_file())
+        found = self.certificates(network, timer)
         timer.record()
         return found
 
@@ -357,11 +364,14 @@ class Run:
         """The test images that the recipe has certified: all of them, unless it names a subset."""
         return self.dataset.test.every(self.recipe.smoothing.stride)
 
-    def certificates(self, network: nn.Module) -> list[Certificates]:
-        """Certificates of the recipe's test images, in order, by the plugin's own certifier or the core's."""
+    def certificates(self, network: nn.Module, timer: Timer | None = None) -> list[Certificates]:
+        """Certificates of the recipe's test images, in order, by the plugin's own certifier or the core's.
+
+        A ``timer`` is kept whenever half-done work is saved.
+        """
         self.reporter.stage("certify", len(self.certified_split), "image")
         before = network_digest(network)
-        task = self.certify_task(network)
+        task = self.certify_task(network, timer=timer)
         found = self._ask_plugin("certify", lambda: self._collect(task))
         if network_digest(network) != before:
             raise RunError(
@@ -370,7 +380,9 @@ class Run:
             )
         return found
 
-    def certify_task(self, network: nn.Module, first: int = 0, stop: int | None = None) -> CertifyTask:
+    def certify_task(
+        self, network: nn.Module, first: int = 0, stop: int | None = None, timer: Timer | None = None
+    ) -> CertifyTask:
         """What the certifier is asked: images ``first`` to ``stop`` of :attr:`certified_split`, by default all."""
         split, stride = self.certified_split, self.recipe.smoothing.stride
         part = split if stop is None else split.slice(first, stop)
@@ -389,7 +401,11 @@ class Run:
             stride=stride,
             run_id=self.id,
             reporter=self.reporter,
-            scratch=ScratchFile(self._scratch_path(network_digest(network))) if is_all else NoScratch(),
+            scratch=(
+                ScratchFile(self._scratch_path(network_digest(network)), timer.keep if timer else None)
+                if is_all
+                else NoScratch()
+            ),
         )
 
     def _scratch_path(self, network: str) -> Path:
@@ -410,7 +426,7 @@ class Run:
             return
         deployed = deployed_network(network)
         auditor = Auditor(self.recipe, self.dataset, deployed, self.device, self.reporter)
-        timer = self._timer(audit_stage(*of[1:], attack.name, attack.settings_digest))
+        timer = self._timer(audit_stage(*of[1:], attack.name, attack.settings_digest), goes_on=False)
         found = auditor.audit(attack, rows)
         timer.record()
         words = {"attack_summary": attack.summary, "attack_limit": found.limit or None}
@@ -429,8 +445,8 @@ class Run:
         """What names this run's certificates in the store."""
         return self.id, self.certifier.name, digest_settings(self.certifier, self.recipe)
 
-    def _timer(self, stage: str) -> Timer:
-        return Timer(self.store, self.id, stage, self.device)
+    def _timer(self, stage: str, goes_on: bool) -> Timer:
+        return Timer(self.store, self.id, stage, self.device, self.folder, goes_on)
 
     @property
     def is_certified(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,9 +102,13 @@ class ScratchFile:
     """Half-done work in a file of the run's folder; see :class:`certbench.contract.Scratch`."""
 
     path: Path
+    saved: Callable[[], None] | None = None
+    """Called whenever something was saved."""
 
     def load(self) -> bytes | None:
         return self.path.read_bytes() if self.path.is_file() else None
 
     def save(self, content: bytes) -> None:
         write_atomically(self.path, content)
+        if self.saved is not None:
+            self.saved()
