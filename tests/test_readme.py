@@ -123,11 +123,18 @@ def test_the_quickstart_tables_have_the_columns_and_methods_that_are_printed() -
     assert rows["crt"]["guarantee"] == "statistical"
 
 
-def test_the_mnist_rows_of_the_readme_are_those_of_the_board() -> None:
-    board = (ROOT / "leaderboards" / "mnist-linf-0.1.md").read_text(encoding="utf-8")
-    shown = re.search(r"<!-- mnist -->\n(.*?)<!-- /mnist -->", README, re.DOTALL)
+@pytest.mark.parametrize(
+    ("name", "mark", "recipe"),
+    [
+        ("mnist-linf-0.1", "mnist", ""),
+        ("mnist-l2-sigma-0.5--sequential-1-every-20", "mnist-l2", "mnist-l2-0.5-lenet-10ep"),
+    ],
+)
+def test_the_mnist_rows_of_the_readme_are_those_of_the_board(name: str, mark: str, recipe: str) -> None:
+    board = (ROOT / "leaderboards" / f"{name}.md").read_text(encoding="utf-8")
+    shown = re.search(rf"<!-- {mark} -->\n(.*?)<!-- /{mark} -->", README, re.DOTALL)
     assert shown is not None
-    measured = {cells[0]: cells for cells in table_rows(board)}
+    measured = {cells[0]: cells for cells in table_rows(board) if recipe in cells[1]}
     rows = [cells for cells in table_rows(shown.group(1)) if cells[0] in measured and cells[0] != "method"]
     assert len(rows) >= 3
     for cells in rows:
