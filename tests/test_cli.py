@@ -198,9 +198,13 @@ def test_ctrl_c_leaves_a_run_that_resumes(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "certbench", "run", DIGITS, "--out", str(tmp_path), "--device", "cpu"]
     command += ["--set", "train.epochs=16"]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=one_thread
-    )
+
+    def heed() -> None:
+        """What a shell starts in the background ignores SIGINT, and so would its children."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stderr=pipe, stdout=pipe, text=True, env=one_thread, preexec_fn=heed)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("runs/*/epoch-*.json")) and time.monotonic() < deadline:
         time.sleep(0.05)
