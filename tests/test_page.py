@@ -218,6 +218,13 @@ def shown(page: Any) -> list[str]:
     return [str(name) for name in page.execute_script(script)]
 
 
+def wait_for_board(page: Any, expected: list[str]) -> None:
+    """The address changes first, what is shown a moment later."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    WebDriverWait(page, 20).until(lambda p: shown(p) == expected, f"only {expected} is shown")
+
+
 def click(page: Any, selector: str) -> None:
     from selenium.webdriver.common.by import By
 
@@ -232,13 +239,14 @@ def press(page: Any, *keys: str) -> None:
 
 @needs_a_browser
 def test_it_switches_boards(page: Any) -> None:
-    assert shown(page) == ["mnist-linf-0.1"]
+    wait_for_board(page, ["mnist-linf-0.1"])
     click(page, "nav a[data-board='mnist-linf-0.2']")
-    assert shown(page) == ["mnist-linf-0.2"] and page.current_url.endswith("#mnist-linf-0.2")
+    wait_for_board(page, ["mnist-linf-0.2"])
+    assert page.current_url.endswith("#mnist-linf-0.2")
     page.back()
-    assert shown(page) == ["mnist-linf-0.1"]
+    wait_for_board(page, ["mnist-linf-0.1"])
     click(page, "nav a[data-board='reproduction']")
-    assert shown(page) == ["reproduction"]
+    wait_for_board(page, ["reproduction"])
     assert len(rows(page)) == 2 and "0 reproduced, 1 off, 1 not run" in page.page_source
     assert (
         page.execute_script("return document.querySelector('[aria-current]').textContent") == "reproduction"
@@ -283,7 +291,7 @@ def test_it_filters_by_words_and_by_conditions(page: Any) -> None:
         press_into(field, words)
         assert rows(page) == names, words
     click(page, "nav a[data-board='reproduction']")
-    assert shown(page) == ["reproduction"]
+    wait_for_board(page, ["reproduction"])
     click(page, ".board.open .kind[value='not run']")
     assert len(rows(page)) == 1
 
