@@ -186,6 +186,29 @@ def test_radii_of_a_cascade_name_the_bound_that_proved_them(digits: Digits) -> N
     assert (found.passes >= ibp.passes).all()
 
 
+def test_a_bound_that_decides_at_the_radius_only_leaves_larger_ones_to_the_others(digits: Digits) -> None:
+    task = digits.task(radius="1/16", cap="1/8", count=32)
+    full, short, ibp = (certificates(name, task) for name in ("ibp>crown", "ibp>crown@radius", "ibp"))
+    decided = (short.verdict == "certified") & (ibp.verdict != "certified")
+    assert decided.any(), "crown proves more at the radius"
+    assert (short.proved_by[decided] == "crown").all()
+    assert (short.radius[decided] == np.float64(1 / 16)).all()
+    fine = BOUNDS["ibp"].tolerance / 8  # batches of another shape differ in their last bits
+    np.testing.assert_allclose(short.radius[~decided], ibp.radius[~decided], rtol=0, atol=fine)
+    assert (short.radius <= full.radius + fine).all()
+    assert (short.radius < full.radius).any()
+    assert (short.passes < full.passes).any()
+    assert find_certifier("ibp>crown@radius").settings != find_certifier("ibp>crown").settings
+
+
+def test_a_monotone_bound_is_not_asked_beyond_a_radius_where_it_failed(digits: Digits) -> None:
+    task = digits.task(radius="1/16", cap="1/2", count=32)
+    ibp, cascade = certificates("ibp", task), certificates("ibp>crown@radius", task)
+    decided = (cascade.verdict == "certified") & (ibp.verdict != "certified")
+    assert decided.any()
+    assert (cascade.passes[decided] == 2).all()  # one of each bound, at the radius
+
+
 def test_certificates_do_not_depend_on_threads(digits: Digits) -> None:
     threads = torch.get_num_threads()
     found = []
@@ -280,6 +303,9 @@ def test_certifiers_are_found_by_name_and_cascade() -> None:
         ("ibp>crwn", "unknown certifier 'crwn' in 'ibp>crwn'; did you mean 'crown'"),
         ("ibp>", "unknown certifier ''"),
         ("ibp>ibp", "names a bound twice"),
+        ("ibp>crown@radius>crown", "names a bound twice"),
+        ("ibp@radius", "its first bound must search radii"),
+        ("ibp>crown@radios", "unknown certifier 'crown@radios' in .*; did you mean 'crown'"),
     ]:
         with pytest.raises(UsageError, match=message):
             find_certifier(name)

@@ -60,6 +60,15 @@ SOUND_CERTIFIERS = ("ibp",)
 
 RADIUS_TOLERANCE = {"ibp": 2.0**-20, "crown-ibp": 2.0**-10, "crown": 2.0**-10, "alpha-crown": 2.0**-10}
 """How far below the largest provable radius a certifier's radius may lie, as a share of the cap."""
+VERDICT_ONLY = "@radius"
+"""After a bound's name in a cascade: it decides at the recipe's radius, and leaves larger ones to the others."""
+
+
+def cascade_parts(certifier: str) -> list[tuple[str, bool]]:
+    """The bounds of a cascade such as ``ibp>crown@radius``, in order, and whether each one searches radii."""
+    parts = [part.strip() for part in certifier.split(">")]
+    return [(part.removesuffix(VERDICT_ONLY), not part.endswith(VERDICT_ONLY)) for part in parts]
+
 
 Radius = Annotated[Fraction, BeforeValidator(parse_radius), PlainSerializer(str, return_type=str)]
 Distance = Annotated[Fraction, BeforeValidator(parse_distance), PlainSerializer(str, return_type=str)]

@@ -22,6 +22,7 @@ from certbench.bounds.tape import PLAIN
 from certbench.bounds.trace import trace
 from certbench.errors import UsageError
 from certbench.models.fold import deployed_network
+from certbench.recipe import cascade_parts
 
 LINEAR = ("crown-ibp", "crown", "alpha-crown")
 
@@ -48,7 +49,7 @@ class Applicability:
 
     def refusal(self, certifier: str, guarantee: str | None) -> str:
         """Why a certifier, or one of a cascade, does not apply; empty where nothing is known against it."""
-        for name in certifier.split(">"):
+        for name, _ in cascade_parts(certifier):
             reason = self.refusals.get(float_sound(name) if guarantee == "float_sound" else name)
             if reason:
                 return reason

@@ -1,7 +1,8 @@
 """A batch of images on its way through a cascade of bounds.
 
 A cascade is a sequence of bounds, cheapest first. Each one sees only the images that those before it left open: at the
-recipe's radius the correctly classified ones without a proof, in the radius search those not proved at the cap.
+recipe's radius the correctly classified ones without a proof, in the radius search those not proved at the cap. A bound
+may leave the search to the others, which for one that is not monotone and dear spares most of its cost.
 ``proved_by`` names the bound that proved the verdict. Where another one proved the radius that is reported, it follows
 after a semicolon: ``ibp; radius crown``.
 """
@@ -20,6 +21,7 @@ from certbench.bounds.radius import MarginFunction, search_radii
 from certbench.contract import Certificates, CertifyTask, Guarantee
 from certbench.data.dataset import to_pixels
 from certbench.errors import RunError
+from certbench.recipe import VERDICT_ONLY
 from certbench.threat import round_down, round_up
 
 Margins = Callable[..., Tensor]
@@ -39,6 +41,7 @@ class Bound:
         tolerance: width of the final bracket of a radius, as a share of the cap.
         settings: whatever else its results depend on.
         guarantee: what a positive margin proves; ``deploy``: for which arithmetic, where it is ``float_sound``.
+        searches: whether it takes part in the search for radii, or decides at the recipe's radius only.
     """
 
     name: str
@@ -50,6 +53,12 @@ class Bound:
     settings: Mapping[str, object] = field(default_factory=dict)
     guarantee: Guarantee = "real_arith"
     deploy: str = "float32"
+    searches: bool = True
+
+    @property
+    def part(self) -> str:
+        """How a cascade names it."""
+        return self.name if self.searches else f"{self.name}{VERDICT_ONLY}"
 
     def describe(self) -> dict[str, object]:
         """All that results depend on, for the digest of a row's settings."""
@@ -58,6 +67,7 @@ class Bound:
             "tolerance": self.tolerance,
             "monotone": self.monotone,
             "guarantee": self.guarantee,
+            **({} if self.searches else {"searches": False}),
             **self.settings,
         }
 
@@ -105,8 +115,9 @@ class Chunk:
     def certificates(self) -> Certificates:
         with torch.no_grad():
             at_radius = [self._decide(k) for k in range(len(self.bounds))]
-            for k in range(len(self.bounds)):
-                self._extend(k, at_radius[k])
+            for k, bound in enumerate(self.bounds):
+                if bound.searches:
+                    self._extend(k, at_radius[k])
         return self._columns()
 
     def failure(self) -> Certificates:
@@ -163,6 +174,8 @@ class Chunk:
         clean = own - self.logits.scatter(1, self.labels[:, None], -torch.inf).amax(1)
         cap = round_up(self.task.cap)
         open_ = self.correct & ~self.broken & (clean > 0) & (self.radius < cap)
+        if self.bounds[k].monotone:  # what it failed to prove there, it cannot prove further out
+            open_ &= ~((at_radius <= 0) & (self.radius >= round_up(self.task.radius)))
         which = open_.nonzero().squeeze(1)
         if not len(which):
             return

@@ -21,7 +21,7 @@ from certbench.bounds.sound import sound_input_box, sound_margins
 from certbench.contract import Certifier
 from certbench.errors import UsageError, nearest
 from certbench.models.kernels import SWITCHES
-from certbench.recipe import RADIUS_TOLERANCE
+from certbench.recipe import RADIUS_TOLERANCE, VERDICT_ONLY, cascade_parts
 
 
 def _interval(
@@ -66,7 +66,7 @@ BOUNDS = {
 
 
 def _certifier(bounds: Sequence[Bound]) -> Certifier:
-    name = ">".join(bound.name for bound in bounds)
+    name = ">".join(bound.part for bound in bounds)
     settings = {
         "certifier": name,
         "precision": "float64",
@@ -84,19 +84,27 @@ CERTIFIERS = {name: _certifier([bound]) for name, bound in BOUNDS.items()}
 def find_certifier(name: str, guarantee: str | None = None, deploy: str = "float32") -> Certifier:
     """The certifier of one bound, or of a cascade written ``cheap>expensive``.
 
+    In ``ibp>crown@radius`` the bound ``crown`` decides at the recipe's radius only, and radii beyond it are ``ibp``'s.
+
     Args:
         guarantee: ``real_arith``, or ``float_sound``: every floating-point evaluation at ``deploy`` is covered.
 
     Raises:
-        UsageError: unknown name, which gets the nearest known one; or a name twice in a cascade.
+        UsageError: unknown name, which gets the nearest known one; a name twice in a cascade; a first bound that leaves
+            the radii to others.
     """
-    names = [part.strip() for part in name.split(">")]
+    parts = cascade_parts(name)
+    names = [part for part, _ in parts]
     for part in names:
         if part not in BOUNDS:
             raise UsageError(f"unknown certifier {part!r}{_of(name, names)}; {nearest(part, BOUNDS)}")
     if len(set(names)) < len(names):
         raise UsageError(f"certifier {name!r} names a bound twice; the second would find nothing new")
-    bounds = [BOUNDS[part] for part in names]
+    if not parts[0][1]:
+        raise UsageError(
+            f"certifier {name!r}: its first bound must search radii; write {VERDICT_ONLY} after later ones"
+        )
+    bounds = [replace(BOUNDS[part], searches=searches) for part, searches in parts]
     return _certifier([_sound(bound, deploy) for bound in bounds] if guarantee == "float_sound" else bounds)
 
 

@@ -17,7 +17,7 @@ from certbench.leaderboard.board import Board
 from certbench.leaderboard.escape import markdown as escape_markdown
 from certbench.leaderboard.row import Row
 from certbench.leaderboard.tables import MARKER
-from certbench.recipe import RADIUS_TOLERANCE
+from certbench.recipe import RADIUS_TOLERANCE, cascade_parts
 from certbench.results.store import ResultStore
 from certbench.stats.fronts import Comparison, Estimate, Floats, Sweep, compare, hypervolume, nondominated
 
@@ -245,7 +245,7 @@ def page(boards: Iterable[Board], store: ResultStore) -> str | None:
 def _terms(dataset: str, norm: str, row: Row, store: ResultStore) -> Terms:
     assert row.cap is not None  # rows without one take no part
     labels = store.certificates(row.run_ids[0], row.certifier, row.settings_digest).column("label")
-    tolerances = [RADIUS_TOLERANCE.get(bound) for bound in row.certifier.split(">")]
+    tolerances = [RADIUS_TOLERANCE.get(bound) for bound, searches in cascade_parts(row.certifier) if searches]
     return Terms(
         dataset=dataset,
         norm=norm,
