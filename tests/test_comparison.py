@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from certbench.leaderboard import records, tables
 from certbench.leaderboard.board import Board, boards
 from certbench.leaderboard.columns import rank
 from certbench.leaderboard.comparison import Cell, reproduction
+from certbench.leaderboard.page.charts import charts
 from certbench.leaderboard.published import Notes, PublishedFile
 from certbench.leaderboard.tradeoff import page as tradeoff_page
 from certbench.results.store import ResultStore
@@ -54,7 +56,12 @@ def test_a_rank_says_among_how_many_it_is_one(tmp_path: Path) -> None:
     }
     tied = {board.rows[place].method for place in board.tied()}
     best = {board.rows[place].method for place in board.best("acr")}
-    assert tied == {"one", "two"} and best == {"one", "two", "large"}  # ACRs of other budgets are no rivals
+    assert tied == {"one", "two"} and best == {"one", "two"}
+    assert "large" not in tables.leader(board)
+    drawn = {chart.title: chart.svg for chart in charts(board)}
+    front, curves = drawn["Clean accuracy against ACR"], drawn["Certified accuracy over radius"]
+    assert [letter in front for letter in (">A<", ">B<", ">C<")] == [False, True, True]  # A is large
+    assert len(re.findall(r"var\(--s[123]\)", curves)) == 3
     text = tables.markdown(board)
     assert "rank k of m" in text and "rank alone" in text and "rank: by ACR" in text
 

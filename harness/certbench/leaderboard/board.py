@@ -61,18 +61,32 @@ class Board:
         return sum(self.standing(row) is not None for row in self.rows)
 
     def best(self, column: str) -> set[int]:
-        """Places of the complete rows with the best ``clean``, ``certified`` or ``acr`` mean; by ACR those of each budget,
-        since others are not compared."""
-        groups: dict[tuple[object, ...], dict[int, float]] = defaultdict(dict)
-        for place, row in enumerate(self.rows):
-            figure = getattr(row, column)
-            if row.complete and figure is not None:
-                groups[row.budget if column == "acr" else ()][place] = figure.mean
+        """Places of the complete rows with the best ``clean``, ``certified`` or ``acr`` mean; by ACR those of each group
+        that :meth:`comparable` names."""
+        groups = self.comparable() if column == "acr" else [[*range(len(self.rows))]]
         found: set[int] = set()
-        for values in groups.values():
-            most = max(values.values())
+        for group in groups:
+            figures = {place: getattr(self.rows[place], column) for place in group}
+            values = {
+                place: figure.mean
+                for place, figure in figures.items()
+                if self.rows[place].complete and figure is not None
+            }
+            most = max(values.values(), default=0.0)
             found |= {place for place, value in values.items() if value == most}
         return found
+
+    def comparable(self) -> list[list[int]]:
+        """Groups of places that may be compared by ACR, the largest first: complete rows of one budget.
+
+        A row that is alone in its budget is in no group, unless all of them are.
+        """
+        groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
+        for place, row in enumerate(self.rows):
+            if row.complete and row.acr is not None:
+                groups[row.budget].append(place)
+        found = sorted(groups.values(), key=len, reverse=True)
+        return [group for group in found if len(group) > 1] or found
 
     def tied(self) -> set[int]:
         """Places of the rows that share the first rank among those they were compared with."""

@@ -64,22 +64,31 @@ def slot(place: int) -> int:
 
 
 def charts(board: Board) -> list[Chart]:
-    """The charts of a board's complete rows; those that would show nothing are left out."""
+    """The charts of a board's complete rows; those that would show nothing are left out.
+
+    What is drawn against ACR are the rows that ACR compares with one another, the largest such group.
+    """
     rows = [(place, row) for place, row in enumerate(board.rows[:DRAWN]) if row.complete]
     unit = "ACR" if board.smoothed else "certified accuracy"
+    rivals = rows
+    if board.smoothed:
+        group = next(iter(board.comparable()), [])
+        rivals = [(place, row) for place, row in rows if place in group]
     found = [
         _curves(rows),
         _front(
-            rows,
+            rivals,
             board,
             lambda row: row.clean.mean,
             "clean accuracy, %",
             f"Clean accuracy against {unit}",
             sense=1,
         ),
-        _front(rows, board, lambda row: row.train_seconds, "training, s", f"Cost of training against {unit}"),
         _front(
-            rows,
+            rivals, board, lambda row: row.train_seconds, "training, s", f"Cost of training against {unit}"
+        ),
+        _front(
+            rivals,
             board,
             lambda row: row.certify_seconds,
             "certification, s",
@@ -139,10 +148,11 @@ def _front(
     ]
     names = ", ".join(label(place) for (place, _, _), worse in zip(points, beaten, strict=True) if not worse)
     kind = "front" if sense > 0 else "cost"
+    of = " that may be compared by ACR" if board.smoothed else ""
     y_title = "average certified radius" if board.smoothed else "certified accuracy, %"
     return Chart(
         title,
-        f"One point per row. No other row is better in both than {names}; the hollow ones are dominated.",
+        f"One point per row{of}. No other row is better in both than {names}; the hollow ones are dominated.",
         _draw(kind, (x_title, y_title), values),
     )
 
