@@ -1016,7 +1016,7 @@ def test_an_honest_run_is_audited_once_and_again_on_request(
 
 def test_a_failed_run_outweighs_a_refuted_one(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     from certbench.cli import run as module
-    from certbench.run import RunOutcome
+    from certbench.stages.record import RunOutcome
 
     refuted: Any = RunOutcome("a" * 16, None, tmp_path, tmp_path, 1.0, 1.0, refuted=3, void=True)  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as patch:

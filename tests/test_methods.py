@@ -26,7 +26,8 @@ from certbench.recipe import parse_recipe
 from certbench.recorded import load_run
 from certbench.results.checks import check_store
 from certbench.results.store import ResultStore
-from certbench.run import RunOutcome, run_recipe
+from certbench.run import run_recipe
+from certbench.stages.record import RunOutcome
 from certbench.training import NoisyObjective, Step, fit
 from certbench.training.checkpoint import save_network
 from certbench.training.teacher import NetworkCard

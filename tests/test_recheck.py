@@ -16,8 +16,9 @@ from certbench.plugins import installed
 from certbench.recheck import Rechecked, recheck
 from certbench.results.bundle import export_runs
 from certbench.results.store import ResultStore
-from certbench.run import RunOutcome, run_recipe
+from certbench.run import run_recipe
 from certbench.seeding import noise_key
+from certbench.stages.record import RunOutcome
 from certbench.stages.train import NETWORK
 from certbench.stats.smoothing import RADII, two_sided_radius
 

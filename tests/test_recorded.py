@@ -16,7 +16,8 @@ from certbench.plugins import installed
 from certbench.recipe import CORE_NUMERICS
 from certbench.recorded import certify_again, load_run
 from certbench.results.store import ResultStore
-from certbench.run import RunOutcome, run_recipe
+from certbench.run import run_recipe
+from certbench.stages.record import RunOutcome
 from certbench.stages.timing import Timer
 from certbench.stages.train import TAKEN, Trained, find_trained, training_id
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-    from certbench.run import RunOutcome
+    from certbench.stages.record import RunOutcome
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "certify", "load_results", "run_recipe"]

@@ -17,9 +17,10 @@ from certbench.errors import RunError, UsageError, nearest
 from certbench.plugins import Plugins, installed
 from certbench.recipe import validate
 from certbench.results.store import ResultStore
-from certbench.run import Run, RunOutcome, choose_device
+from certbench.run import Run, choose_device
 from certbench.stages.audit import choose_attack, refutations
 from certbench.stages.certify import choose_certifier, digest_settings
+from certbench.stages.record import RunOutcome
 from certbench.stages.train import NETWORK
 from certbench.training.checkpoint import network_digest
 

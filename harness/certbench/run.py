@@ -37,11 +37,10 @@ from certbench.models import build_network
 from certbench.models.fold import deployed_network
 from certbench.plugins import Owned, Plugins, installed
 from certbench.recipe import Recipe, run_id
-from certbench.results import provenance
 from certbench.results.files import write_atomically
 from certbench.results.store import ResultStore, audit_stage, certify_stage
 from certbench.seeding import derive_seed
-from certbench.stages.audit import AnyAttack, Auditor, can_be_audited, choose_attack, refutations
+from certbench.stages.audit import AnyAttack, Auditor, can_be_audited, choose_attack
 from certbench.stages.certify import (
     CertificateSet,
     ScratchFile,
@@ -52,6 +51,8 @@ from certbench.stages.certify import (
     complete,
     digest_settings,
 )
+from certbench.stages.record import RunOutcome, outcome, run_row
+from certbench.stages.student import copy_teacher, keep_teacher, teacher_digest
 from certbench.stages.timing import KeepsCost, Timer
 from certbench.stages.train import (
     CARD,
@@ -60,11 +61,8 @@ from certbench.stages.train import (
     adopt,
     copy_checkpoints,
     copy_cost,
-    copy_teacher,
     find_trained,
     has_checkpoints,
-    keep_teacher,
-    taught_by,
     training_id,
 )
 from certbench.training.checkpoint import network_digest, save_network
@@ -78,27 +76,6 @@ from certbench.training.teacher import (
 )
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class RunOutcome:
-    """What a run left behind: its id, the folder of its checkpoints, the store of its rows, and its headlines.
-
-    ``refuted`` counts images whose certificate any recorded attack refuted; it is None where none was audited.
-    ``void`` says whether that voids the row: one refuted proof does, and of statistical certificates more than chance
-    allows. ``acr`` is the mean certified radius, None where one is unknown. Under norm l2 an image counts as certified where
-    some radius above 0 is.
-    """
-
-    run_id: str
-    recipe: Recipe
-    folder: Path
-    store: Path
-    clean_accuracy: float
-    certified_accuracy: float
-    refuted: int | None = None
-    acr: float | None = None
-    void: bool = False
 
 
 def run_recipe(
@@ -262,7 +239,11 @@ class Run:
             network = self.trained(teacher=teacher, reporter=reporter)
             if is_new:
                 timer.record()
-        self.store.write_run(self._run_row(network))  # refuses another network than the recorded one
+        row = run_row(self.id, self.recipe, self.owned, self.dataset, network)
+        row["checkpoint_digest"] = network_digest(network)
+        row["structure"] = self.applicability.structure
+        row["teacher_digest"] = self._teacher_digest()
+        self.store.write_run(row)  # refuses another network than the recorded one
         save_network(self.folder / NETWORK, network)
         write_json(self.folder / CARD, self.card.model_dump())
         return network
@@ -326,6 +307,10 @@ class Run:
             self.folder, {"teacher": name, "id": self.teacher.id, "digest": teacher.digest, "card": card}
         )
         return teacher
+
+    def _teacher_digest(self) -> str | None:
+        is_student = isinstance(self.plugins.settings(self.recipe), TeacherSettings)
+        return teacher_digest(self.store, self.id, self.folder) if is_student else None
 
     def trained(
         self,
@@ -516,67 +501,9 @@ class Run:
                 f"(traceback in {report})"
             ) from error
 
-    def _run_row(self, network: nn.Module) -> dict[str, Any]:
-        recipe = self.recipe
-        return {
-            "run_id": self.id,
-            "protocol": recipe.protocol,
-            "method": recipe.method.name,
-            "plugin": self.owned.plugin.distribution,
-            "plugin_version": self.owned.plugin.version,
-            "numerics": self.owned.card.numerics,
-            "dataset": recipe.dataset,
-            "dataset_digest": self.dataset.digest,
-            "model": recipe.model,
-            "parameters": sum(p.numel() for p in network.parameters()),
-            "norm": recipe.threat.norm,
-            "radius": str(recipe.radius) if recipe.threat.radius is not None else None,
-            "sigma": recipe.threat.sigma,
-            "cap": str(recipe.cap) if recipe.threat.radius is not None else None,
-            "seed": recipe.seed,
-            "recipe_name": recipe.name,
-            "recipe": recipe.canonical_json(),
-            "checkpoint_digest": network_digest(network),
-            "structure": self.applicability.structure,
-            "teacher_digest": self._teacher_digest(),
-            "epochs": recipe.train.epochs,
-            **provenance.versions(),
-            "code_revision": provenance.code_revision(),
-        }
-
-    def _teacher_digest(self) -> str | None:
-        """Which network this one learnt from: what is recorded of it, or else what its folder says."""
-        if not isinstance(self.plugins.settings(self.recipe), TeacherSettings):
-            return None
-        recorded = self.store.run(self.id)["teacher_digest"] if self.store.has_run(self.id) else None
-        digest: str | None = recorded or taught_by(self.folder)
-        if digest is None:
-            raise RunError(
-                f"{self.recipe.name}: nothing in {self.folder} says which network it learnt from; remove the folder to "
-                "train it again"
-            )
-        return digest
-
     def outcome(self) -> RunOutcome:
         """What the store holds for this run and these settings."""
-        rows = self.store.certificates(*self._certificates).to_pandas()
-        certified = float((rows["verdict"] == "certified").mean())
-        refuted, void = refutations(self.store, self._certificates)
-        return RunOutcome(
-            self.id,
-            self.recipe,
-            self.folder,
-            self.store.folder,
-            clean_accuracy=(
-                certified
-                if self.recipe.threat.norm == "l2"
-                else float((rows["prediction"] == rows["label"]).mean())
-            ),
-            certified_accuracy=certified,
-            refuted=refuted,
-            void=void,
-            acr=None if rows["radius"].isna().any() else float(rows["radius"].mean()),
-        )
+        return outcome(self.store, self._certificates, self.recipe, self.folder)
 
 
 def make_writable(folder: Path) -> None:

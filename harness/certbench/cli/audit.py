@@ -13,7 +13,7 @@ from certbench.cli.run import finish
 from certbench.errors import CertbenchError
 
 if TYPE_CHECKING:
-    from certbench.run import RunOutcome
+    from certbench.stages.record import RunOutcome
 
 
 @click.command(name="audit", context_settings={"help_option_names": ["-h", "--help"]})

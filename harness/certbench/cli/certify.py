@@ -13,7 +13,7 @@ from certbench.cli.run import finish, headline
 from certbench.errors import CertbenchError
 
 if TYPE_CHECKING:
-    from certbench.run import RunOutcome
+    from certbench.stages.record import RunOutcome
 
 EXIT_RUN_FAILED = 3
 

@@ -15,7 +15,7 @@ from certbench.errors import CertbenchError, FoundError, UsageError
 
 if TYPE_CHECKING:
     from certbench.recipe import Recipe
-    from certbench.run import RunOutcome
+    from certbench.stages.record import RunOutcome
 
 EXIT_RUN_FAILED = 3
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from typing import Any
 
 from certbench.errors import RunError
 from certbench.recipe import CORE_NUMERICS, identify
-from certbench.results.files import write_atomically
 from certbench.results.store import ResultStore
 
 NETWORK = "network.safetensors"
@@ -111,48 +109,6 @@ def adopt(copied: Path, folder: Path) -> None:
         shutil.rmtree(copied)
     except OSError as error:
         raise RunError(f"cannot move {copied} to {folder}: {error}") from None
-
-
-def keep_teacher(folder: Path, teacher: Mapping[str, Any]) -> None:
-    """Write down whom a student learns from, in its folder, before it does.
-
-    Raises:
-        RunError: the checkpoints there learnt from another network, or it is not known from which.
-    """
-    known = taught_by(folder)
-    if known != teacher["digest"] and has_checkpoints(folder):
-        raise RunError(
-            f"the student in {folder} began to learn from {f'network {known[:16]}' if known else 'an unknown network'}, "
-            f"teacher {teacher['teacher']} is now {teacher['digest'][:16]}; remove the folder to train the student again"
-        )
-    write_atomically(folder / TEACHER, json.dumps(teacher, indent=1, sort_keys=True).encode())
-
-
-def taught_by(folder: Path) -> str | None:
-    """The digest of the network that the student in this folder learnt from; None where nothing says it.
-
-    Raises:
-        RunError: what was written down cannot be read.
-    """
-    path = folder / TEACHER
-    if not path.is_file():
-        return None
-    try:
-        digest = json.loads(path.read_text(encoding="utf-8"))["digest"]
-        if re.fullmatch(r"[0-9a-f]{64}", digest):
-            return str(digest)
-        reason = "its digest is none"
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        reason = type(error).__name__
-    raise RunError(f"{path} cannot be read ({reason}); remove its folder to train the student again")
-
-
-def copy_teacher(trained: Trained, folder: Path) -> None:
-    """Whom another run's network learnt from, written down for this one, whose network it is too."""
-    if (path := trained.folder / TEACHER).is_file():
-        write_atomically(folder / TEACHER, path.read_bytes())
-    else:
-        (folder / TEACHER).unlink(missing_ok=True)
 
 
 def copy_cost(store: ResultStore, trained: Trained, run_id: str) -> None:

@@ -25,7 +25,8 @@ from certbench.models import build_network
 from certbench.plugins import installed
 from certbench.recorded import load_run
 from certbench.results.store import ResultStore
-from certbench.run import Run, RunOutcome, run_recipe
+from certbench.run import Run, run_recipe
+from certbench.stages.record import RunOutcome
 from certbench.training import fit
 from certbench.training.checkpoint import save_network
 from certbench.training.teacher import ready
