@@ -207,6 +207,13 @@ def test_one_recipe_name_with_two_contents_is_two_rows(tmp_path: Path) -> None:
     ]
 
 
+def test_a_board_says_which_bounds_search_no_radii(tmp_path: Path) -> None:
+    add(tmp_path, "a", [C, C])
+    assert "A bound marked" not in markdown(only(tmp_path))
+    add(tmp_path, "b", [C, C], method="crown", certifier="ibp>crown@radius")
+    assert "A bound marked @radius decides at the table's radius only" in markdown(only(tmp_path))
+
+
 def test_caps_and_certifiers_are_not_mixed(tmp_path: Path) -> None:
     add(tmp_path, "a", [C, C], seed=0)
     add(tmp_path, "b", [C, C], seed=1, cap="1/5")

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from certbench.leaderboard.board import Board
 from certbench.leaderboard.columns import several_steps
 from certbench.leaderboard.row import Audited, Row
+from certbench.recipe import VERDICT_ONLY
 from certbench.stats.binomial import quantile
 from certbench.stats.ranks import LEVEL
 from certbench.stats.smoothing import VOID_LEVEL
@@ -45,6 +46,11 @@ def _settings(rows: Sequence[Row]) -> Iterable[str]:
     certifiers = sorted({(row.certifier, row.settings_digest[:8], row.deploy) for row in rows})
     named = (f"{certifier} (settings {digest}, {deploy})" for certifier, digest, deploy in certifiers)
     yield f"Certifier: {', '.join(named)}."
+    if any(VERDICT_ONLY in certifier for certifier, _, _ in certifiers):
+        yield (
+            f"A bound marked {VERDICT_ONLY} decides at the table's radius only; it proves no larger radius, so the ACR of "
+            "such a row is mostly that of its other bounds."
+        )
     for guarantee in sorted({row.guarantee for row in rows}):
         yield f"Guarantee {guarantee}: {GUARANTEES[guarantee]}."
     yield from _sampling(rows)
