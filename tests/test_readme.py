@@ -143,5 +143,7 @@ def test_the_mnist_rows_of_the_readme_are_those_of_the_board(name: str, mark: st
 
 def table_rows(text: str) -> list[list[str]]:
     """The cells of every line of the Markdown tables in a text."""
-    lines = [line.replace("\\_", "_").replace("&gt;", ">") for line in text.splitlines() if line.startswith("| ")]
+    lines = [
+        line.replace("\\_", "_").replace("&gt;", ">") for line in text.splitlines() if line.startswith("| ")
+    ]
     return [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines]
