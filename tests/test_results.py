@@ -251,6 +251,17 @@ def test_another_version_or_table_or_column_is_refused(store: ResultStore) -> No
         store.read("certificates")
 
 
+def test_values_that_rarely_repeat_are_written_as_they_are(store: ResultStore) -> None:
+    path = put(store)
+    rows = store.read("certificates")
+    group = pq.ParquetFile(path).metadata.row_group(0)
+    chunks = [group.column(number) for number in range(group.num_columns)]
+    without = {chunk.path_in_schema for chunk in chunks if not chunk.has_dictionary_page}
+    assert without == {*CERTIFICATES.plain, "exact_noise"}  # Parquet knows no dictionary of booleans
+    path.write_bytes(resealed(CERTIFICATES, rows, plain=()))  # as files were written before
+    assert store.read("certificates").equals(rows)
+
+
 def test_a_file_under_another_name_is_refused(store: ResultStore) -> None:
     path = put(store)
     copy = path.with_name(f"{RUN}-ibp-00000000.parquet")

@@ -116,7 +116,10 @@ def _varint(value: int) -> bytes:
 def test_other_columns_are_refused_before_they_are_read(tmp_path: Path, unread: None) -> None:
     more = pa.table({"more": pa.array([bytes(32 * MB)])})
     content = a_bundle(b"x", columns=more, use_dictionary=False)
-    assert "has the unknown more" in refused(content, tmp_path)
+    assert "has the unknown 'more'" in refused(content, tmp_path)
+    strange = pa.table({name: pa.array([b"x"]) for name in ("a\nb" + 90 * "c", "d", "e", "f", "g")})
+    reason = refused(a_bundle(b"x", columns=strange), tmp_path)
+    assert "\n" not in reason and f"unknown 'a\\nb{37 * 'c'}', 'd', 'e' and 2 more" in reason
     twice = pa.table({"content": pa.array([b"x"])})
     assert "two columns of one name" in refused(a_bundle(b"x", columns=twice), tmp_path)
 

@@ -70,7 +70,7 @@ def encode(table: pa.Table, spec: TableSpec) -> bytes:
         compression="zstd",
         compression_level=3,
         store_schema=False,
-        use_dictionary=not any(pa.types.is_binary(field.type) for field in spec.schema),
+        use_dictionary=_with_dictionary(spec),
     )
     with writer:
         writer.write_table(table, row_group_size=_ROW_GROUP)
@@ -84,6 +84,12 @@ def encode(table: pa.Table, spec: TableSpec) -> bytes:
     content = bytes(sink.getvalue().to_pybytes())
     start = content.rindex(_MARK) + len(_MARK)
     return content[:start] + hashlib.sha256(content).hexdigest().encode() + content[start + len(_BLANK) :]
+
+
+def _with_dictionary(spec: TableSpec) -> list[str]:
+    if any(pa.types.is_binary(field.type) for field in spec.schema):
+        return []
+    return [name for name in spec.schema.names if name not in spec.plain]
 
 
 def decode(content: bytes, spec: TableSpec, where: str) -> pa.Table:

@@ -104,10 +104,16 @@ def schema_difference(found: pa.Schema, wanted: pa.Schema) -> str:
     unknown = [name for name in found.names if name not in wanted.names]
     if missing or unknown:
         parts = [f"lacks {', '.join(missing)}"] if missing else []
-        parts += [f"has the unknown {', '.join(unknown)}"] if unknown else []
+        parts += [f"has the unknown {_strangers(unknown)}"] if unknown else []
         return f"has wrong columns: {' and '.join(parts)}"
     wrong = next((field for field in wanted if not found.field(field.name).equals(field)), None)
     return f"has column {wrong.name!r} of a wrong type" if wrong else "has its columns in a wrong order"
+
+
+def _strangers(unknown: Sequence[str]) -> str:
+    """Anybody may have chosen these names, and how many there are."""
+    shown = ", ".join(repr(name[:40]) for name in unknown[:3])
+    return f"{shown} and {len(unknown) - 3} more" if len(unknown) > 3 else shown
 
 
 # Runs --------------------------------------------------------------------------------------------------------------

@@ -16,13 +16,17 @@ from certbench.errors import UsageError, nearest
 
 @dataclass(frozen=True)
 class TableSpec:
-    """One table: its columns, the columns by which rows are sorted and unique, and those that name its files."""
+    """One table: its columns, the columns by which rows are sorted and unique, and those that name its files.
+
+    Values of ``plain`` columns rarely repeat: a dictionary of them would be larger than they are.
+    """
 
     name: str
     schema: pa.Schema
     key: tuple[str, ...]
     shard: tuple[str, ...]
     version: int = 1
+    plain: tuple[str, ...] = ()
 
 
 def _required(name: str, kind: pa.DataType) -> pa.Field:
@@ -102,6 +106,7 @@ CERTIFICATES = TableSpec(
     ),
     key=("run_id", "certifier", "settings_digest", "index"),
     shard=("run_id", "certifier", "settings_digest"),
+    plain=("index", "image_digest", "radius", "margin"),
 )
 """One row per image and certifier. ``prediction`` is null where none was made, ``radius`` where none is known."""
 
@@ -127,6 +132,7 @@ AUDITS = TableSpec(
     key=("run_id", "certifier", "settings_digest", "attack", "attack_settings_digest", "index", "kind"),
     shard=("run_id", "certifier", "settings_digest", "attack", "attack_settings_digest"),
     version=2,
+    plain=("index", "ball_radius"),
 )
 """One row per image, attack and ``kind`` of ball: ``recipe_radius`` for every correct image, ``certified_radius`` for
 every image with a proved radius, and of a statistical one also ``recount``: fresh draws at the image itself. ``found``:
