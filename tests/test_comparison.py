@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stores import SETTINGS, C, M, U, add, smoothed
+from stores import SETTINGS, C, M, U, add, refute, smoothed
 
 from certbench.errors import DataError
-from certbench.leaderboard import records, tables
+from certbench.leaderboard import records, sentences, tables
 from certbench.leaderboard.board import Board, boards
 from certbench.leaderboard.columns import rank
 from certbench.leaderboard.comparison import Cell, reproduction
 from certbench.leaderboard.page.charts import charts
 from certbench.leaderboard.published import Notes, PublishedFile
-from certbench.leaderboard.tradeoff import page as tradeoff_page
+from certbench.leaderboard.tradeoff import tradeoffs
 from certbench.results.store import ResultStore
 from certbench.suites import load_suite
 
@@ -257,6 +257,47 @@ def test_seeds_of_one_row_are_found_under_every_spelling_and_other_names_stay_ap
     ]
 
 
+CHANGED = "fast-ibp/mnist +method.kappa=0.5"
+
+
+def test_settings_of_a_recipe_stand_below_it_and_have_no_rank(tmp_path: Path) -> None:
+    add(tmp_path, "a", [C, C, U, M])
+    add(tmp_path, "b", [C, C, C, M], recipe_name=CHANGED)
+    add(tmp_path, "c", [C, U, U, M], method="other")
+    board = only(tmp_path)
+    assert [row.recipe for row in board.rows] == ["fast-ibp/mnist", "other/mnist"]
+    assert [row.recipe for row in board.swept] == [CHANGED] and board.ranked == 2
+    assert "fast-ibp 50.00 certified %" in tables.index([board])  # the best of those that are ranked
+    above, below = tables.markdown(board).split("## Settings")
+    assert CHANGED not in above and CHANGED.replace("_", r"\_") in below and "| rank" not in below
+    assert r"Settings:" in tables.latex(board)
+    assert [(row["kind"], row["recipe"], row["rank_of"]) for row in records.records(board)] == [
+        ("measured", "fast-ibp/mnist", 2),
+        ("measured", "other/mnist", 2),
+        ("swept", CHANGED, None),
+    ]
+    assert "Not shown: 1 settings of these recipes" in tables.plain(board)
+    (found,) = tradeoffs([board], ResultStore(tmp_path / "results"))
+    assert {point.setting for front in found.fronts for point in front.points} >= {CHANGED, "fast-ibp/mnist"}
+
+
+@pytest.mark.parametrize("base", ["none", "incomplete", "voided", "submitted", "certifier", "model"])
+def test_a_changed_recipe_is_ranked_where_its_own_is_not(tmp_path: Path, base: str) -> None:
+    add(tmp_path, "a", [C, C, U, M], recipe_name=CHANGED)
+    add(tmp_path, "b", [C, C, C, M], method="other")
+    if base != "none":
+        verdicts = [C, C] if base == "incomplete" else [C, C, C, M]
+        more = {"certifier": {"certifier": "crown"}, "model": {"model": "cnn-small"}}.get(base, {})
+        add(tmp_path, "c", verdicts, **more)
+    if base == "voided":
+        refute(tmp_path, "c", [0])
+    if base == "submitted":
+        label = {"run_id": "c" * 16, "submitter": "A Lab", "bundle_digest": "ab" * 32, "rechecked": 20}
+        ResultStore(tmp_path / "results").write_submission(label)
+    board = only(tmp_path)
+    assert CHANGED in [row.recipe for row in board.rows] and board.swept == ()
+
+
 def test_rows_that_others_submitted_take_no_part_in_fronts(tmp_path: Path) -> None:
     """The same recipe and seed, made by somebody else with another library, is no sweep; nor do our claims rest on it."""
     add(tmp_path, "a", [C, C, U, M])
@@ -264,8 +305,8 @@ def test_rows_that_others_submitted_take_no_part_in_fronts(tmp_path: Path) -> No
     label = {"run_id": "b" * 16, "submitter": "A Lab", "bundle_digest": "ab" * 32, "rechecked": 20}
     store = ResultStore(tmp_path / "results")
     store.write_submission(label)
-    assert tradeoff_page(boards(store), store) is None
+    assert tradeoffs(boards(store), store) == []
     add(tmp_path, "c", [C, C, C, M], recipe_name="fast-ibp/another")
-    text = tradeoff_page(boards(store), store)
-    assert text is not None and "fast-ibp/another" in text and "A Lab" not in text
+    text = sentences.page(tradeoffs(boards(store), store))
+    assert "fast-ibp/another" in text and "A Lab" not in text
     assert len([line for line in text.splitlines() if line.startswith("| fast-ibp | fast-ibp/")]) == 2

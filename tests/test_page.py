@@ -37,7 +37,7 @@ CARD = {"summary": "interval bounds", "paper": "arXiv 2103.17268", "norm": "linf
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two L-inf boards and a smoothed one, with costs, published figures, a voided row and a hostile one."""
+    """Two L-inf boards and a smoothed one, with costs, published figures, settings, a voided row and a hostile one."""
     patch = pytest.MonkeyPatch()
     patch.setattr(building, "installed", lambda: Plugins([]))
     folder = tmp_path_factory.mktemp("page")
@@ -51,6 +51,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     add(folder, "d", [C, U, U, U, U, U, U, U], method=HOSTILE, recipe_name=HOSTILE, model=HOSTILE)
     label = {"run_id": "d" * 16, "submitter": HOSTILE, "bundle_digest": "ab" * 32, "rechecked": 5}
     ResultStore(folder / "results").write_submission(label)
+    for place, run in enumerate("89"):
+        name = f"fast-ibp/mnist +{('method.kappa=0.5', HOSTILE)[place]}"
+        add(folder, run, [C] * (5 - place) + [U] * (2 + place) + [M], recipe_name=name)
     add(folder, "e", [C, C, U], radius="1/5", method="fast-ibp")
     smoothed(folder, "f", [1000, 900, 700, 400], method="smoothmix")
     file = {"source": "Somebody 2021", "figures": [FIGURE, FIGURE | {"model": "resnext"}]}
@@ -206,7 +209,7 @@ def size(browser: Any, width: int, height: int) -> None:
 
 
 def rows(page: Any) -> list[str]:
-    script = """return [...document.querySelectorAll('.board.open table.rows:not(.struck) tbody.entry')]
+    script = """return [...document.querySelectorAll('.board.open table.rows:not(.struck, .still) tbody.entry')]
         .filter(e => e.offsetParent !== null).map(e => e.querySelector('.name')?.textContent || e.innerText)"""
     return [str(name) for name in page.execute_script(script)]
 
@@ -251,6 +254,23 @@ def test_it_switches_boards(page: Any) -> None:
     assert (
         page.execute_script("return document.querySelector('[aria-current]').textContent") == "reproduction"
     )
+
+
+@needs_a_browser
+def test_the_trade_off_has_a_board_of_its_own(page: Any) -> None:
+    click(page, "nav a[data-board='tradeoff']")
+    wait_for_board(page, ["tradeoff"])
+    text = page.execute_script("return document.querySelector('.board.open').textContent")
+    assert "fast-ibp" in text and "hypervolume" in text and "never interpolated" in text
+    drawing = page.execute_script("return document.querySelector('.board.open svg').outerHTML")
+    assert drawing.count("var(--s") >= 3 and "e+" not in drawing  # points, and axes in plain digits
+
+
+@needs_a_browser
+def test_settings_unfold_below_the_table(page: Any) -> None:
+    click(page, ".board.open details.settings summary")
+    script = "return [...document.querySelectorAll('.board.open details.settings .name + * , .board.open details.settings th small')].map(e => e.innerText)"
+    assert any("+method.kappa=0.5" in line for line in page.execute_script(script))
 
 
 @needs_a_browser

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from certbench.leaderboard.tradeoff import Measured, Terms, markdown, tradeoff
+from certbench.leaderboard.sentences import markdown
+from certbench.leaderboard.tradeoff import Measured, Terms, tradeoff
 
 TERMS = Terms(
     dataset="digits",
@@ -29,7 +30,7 @@ def runs(
     for setting, (accuracy, robustness) in points.items():
         correct = numbers < accuracy
         radius = correct * (robustness * TERMS.cap / accuracy)
-        found += [Measured(method, setting, seed, correct, radius) for seed in seeds]
+        found += [Measured(method, setting, 10, seed, correct, radius) for seed in seeds]
     return found
 
 
@@ -71,6 +72,7 @@ def test_the_sentence_is_generated_with_every_figure_it_needs() -> None:
     assert "geometric mean 1.44 [95% CI" in text
     assert "over the 3 of 3 baseline points that it reaches" in text
     assert "up to 1.10 [95% CI" in text and "where the baseline beats a constant classifier" in text
+    assert "|       10 |" in text  # epochs
     assert "9.5e-07" in text and " 0.2 |" in text and "10.00 †" in text and text.count("†") == 3
     assert text == markdown(tradeoff(TERMS, list(reversed(example())), resamples=50)), (
         "whatever the order of rows"

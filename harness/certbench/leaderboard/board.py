@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -33,8 +33,9 @@ LONGEST_NAME = 200
 class Board:
     """Rows that may be compared: complete ones first, each group by certified accuracy, then clean, then names.
 
-    ``voided`` rows have a refuted certificate: they stand below the table and take no part in any ranking. A board of
-    norm l2, where every image has a radius of its own, has ``radii`` at which the certified accuracy is given, and is
+    ``voided`` rows have a refuted certificate: they stand below the table and take no part in any ranking. Nor do
+    ``swept`` rows, which change by ``--set`` a recipe that is itself on the board: forty settings of one method would hide
+    the others and widen everybody's range of ranks; what they say is the matter of trade-offs. A board of norm l2, where every image has a radius of its own, has ``radii`` at which the certified accuracy is given, and is
     ordered by ACR, whatever guarantee its rows have.
     """
 
@@ -44,8 +45,18 @@ class Board:
     norm: str
     radius: str
     rows: tuple[Row, ...]
+    swept: tuple[Row, ...] = ()
     voided: tuple[Row, ...] = ()
     radii: tuple[str, ...] = ()
+
+    @property
+    def standing_rows(self) -> tuple[Row, ...]:
+        """The rows that are not voided, ranked or not."""
+        return *self.rows, *self.swept
+
+    @property
+    def all_rows(self) -> tuple[Row, ...]:
+        return *self.standing_rows, *self.voided
 
     @property
     def title(self) -> str:
@@ -163,13 +174,27 @@ def _board(
         if figure.at is not None and (figure.dataset, figure.norm, figure.size) == setting
     }
     rows = rows_of(members, expected, dict.fromkeys([*radii, *sorted(published)]))
-    stand = ranked([row for row in rows if not row.void])
-    both = [
-        replace(row, published=beside(row, size, notes)) for row in [*stand, *(r for r in rows if r.void)]
-    ]
-    both.sort(key=order)
-    rows_that_stand, voided = (tuple(r for r in both if r.void is void) for void in (False, True))
-    return Board(name, protocol, dataset, norm, size, rows_that_stand, voided, radii)
+    void, stand = _parted(rows, lambda row: row.void)
+    shipped = {_recipe(row, row.recipe) for row in stand if row.complete}
+    swept, rest = _parted(stand, lambda row: row.changed and _recipe(row, row.base) in shipped)
+
+    def shown(part: Iterable[Row]) -> tuple[Row, ...]:
+        return tuple(sorted((replace(row, published=beside(row, size, notes)) for row in part), key=order))
+
+    return Board(name, protocol, dataset, norm, size, shown(ranked(rest)), shown(swept), shown(void), radii)
+
+
+def _parted(rows: Iterable[Row], test: Callable[[Row], bool]) -> tuple[list[Row], list[Row]]:
+    """Those that pass the test, and the others."""
+    found: tuple[list[Row], list[Row]] = [], []
+    for row in rows:
+        found[not test(row)].append(row)
+    return found
+
+
+def _recipe(row: Row, name: str) -> tuple[object, ...]:
+    """A recipe of that name as the row's own maker and certifier have it."""
+    return row.method, name, row.model, row.certifier, row.guarantee, row.deploy, row.submitter
 
 
 def _radii(norm: str, members: Sequence[Entry]) -> tuple[str, ...]:

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from certbench.errors import RunError, UsageError
 from certbench.leaderboard import page as page_room
-from certbench.leaderboard import records, tables, tradeoff
+from certbench.leaderboard import records, sentences, tables
 from certbench.leaderboard.board import Board, boards
 from certbench.leaderboard.comparison import reproduction
 from certbench.leaderboard.published import NOTES, Notes, read_notes, refreshed
+from certbench.leaderboard.tradeoff import tradeoffs
 from certbench.plugins import installed
 from certbench.results.files import write_atomically
 from certbench.results.store import ResultStore
@@ -69,19 +70,20 @@ def build(folder: Path, page: bool = True) -> Built:
         files[f"{board.name}.md"] = tables.markdown(board)
         files[f"{board.name}.csv"] = records.comma_separated(board)
         files[f"{board.name}.tex"] = tables.latex(board)
-    cells = reproduction([(board.radius, row) for board in found for row in board.rows], notes)
+    cells = reproduction([(board.radius, row) for board in found for row in board.standing_rows], notes)
     if cells:
         files["reproduction.md"] = tables.reproduction(cells)
         files["reproduction.csv"] = records.reproduction(cells)
-    fronts = tradeoff.page(found, ResultStore(folder / "results"))
-    if fronts is not None:
-        files["tradeoff.md"] = fronts
-    files["index.md"] = tables.index(found, ["reproduction"] if cells else [])
+    fronts = tradeoffs(found, ResultStore(folder / "results"))
+    if fronts:
+        files["tradeoff.md"] = sentences.page(fronts)
+    others = [name for name in ("tradeoff", "reproduction") if f"{name}.md" in files]
+    files["index.md"] = tables.index(found, others)
     if notes.methods:
         files[NOTES] = notes.text()
     lacking = page_room.missing() if page else "it was not asked for"
     if lacking is None:
-        files[PAGE] = page_room.render(found, cells, notes)
+        files[PAGE] = page_room.render(found, fronts, cells, notes)
     return Built(found, files, lacking)
 
 

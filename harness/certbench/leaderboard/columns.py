@@ -38,7 +38,7 @@ def columns(board: Board) -> list[Column]:
         Column("certifier", lambda row: row.certifier, kind="text"),
         Column("guarantee", guarantee, kind="text"),
     ]
-    if any(row.submitter is not None for row in (*board.rows, *board.voided)):
+    if any(row.submitter is not None for row in board.all_rows):
         names.append(Column("submitted by", submitter, kind="text"))
     names += [
         Column("seeds", lambda row: str(len(row.seeds))),
@@ -183,7 +183,7 @@ def steps(row: Row) -> dict[str, int]:
 
 def several_steps(board: Board) -> bool:
     """Whether any row's certificates were proved in more than one way."""
-    return any(len(steps(row)) > 1 for row in (*board.rows, *board.voided))
+    return any(len(steps(row)) > 1 for row in board.all_rows)
 
 
 def proved_by(row: Row) -> str:

@@ -22,12 +22,13 @@ GUARANTEES = {
 }
 DERIVED = "Derived by `certbench leaderboard build` from the rows in `results/`; do not edit."
 _BUDGET = "; by ACR only rows of one alpha and one rule by which draws end are compared"
+SWEPT = "Recipes that stand above, changed by --set as their names say; not ranked. See the trade-off page."
 VOIDED = "Attacks refuted more proofs of these rows than their guarantee allows, so no figure of theirs counts and they are not ranked."
 
 
 def foot(board: Board) -> list[str]:
     """How to read the board's table, one line each."""
-    rows = (*board.rows, *board.voided)
+    rows = board.all_rows
     return [
         f"Protocol: {board.protocol}.",
         *_settings(rows),
@@ -151,7 +152,7 @@ def attacks(audited: Iterable[Audited]) -> str:
 
 
 def _counts(board: Board) -> Iterable[str]:
-    rows = (*board.rows, *board.voided)
+    rows = board.all_rows
     if board.smoothed:
         yield "failed (timeout or error) counts images over all seeds."
     else:

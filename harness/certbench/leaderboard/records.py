@@ -22,9 +22,10 @@ CSV_MARKERS = ("certbench_board,", "certbench_state,")
 def records(board: Board) -> list[dict[str, Any]]:
     """The board in full precision, one flat record per measured or published row; all have the same keys."""
     found = []
-    for row in (*board.rows, *board.voided):
-        found.append(_measured(board, row))
-        found += [_published(board, row, published) for published in row.published]
+    for kind, rows in (("measured", board.rows), ("swept", board.swept), ("voided", board.voided)):
+        for row in rows:
+            found.append(_measured(board, row, kind))
+            found += [_published(board, row, published) for published in row.published]
     return found
 
 
@@ -43,11 +44,11 @@ def _common(board: Board, row: Row, kind: str) -> dict[str, Any]:
     }
 
 
-def _measured(board: Board, row: Row) -> dict[str, Any]:
+def _measured(board: Board, row: Row, kind: str) -> dict[str, Any]:
     audit, sampling = row.audit, row.sampling
     standing = board.standing(row)
     return {
-        **_common(board, row, "voided" if row.void else "measured"),
+        **_common(board, row, kind),
         "certifier": row.certifier,
         "settings_digest": row.settings_digest,
         "guarantee": row.guarantee,
@@ -93,7 +94,7 @@ def _measured(board: Board, row: Row) -> dict[str, Any]:
 
 def _published(board: Board, row: Row, published: Published) -> dict[str, Any]:
     return {
-        **dict.fromkeys(_measured(board, row)),
+        **dict.fromkeys(_measured(board, row, "published")),
         **_common(board, row, "published"),
         **_figures(board, published.figures),
         "source": published.label,

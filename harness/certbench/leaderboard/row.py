@@ -112,6 +112,15 @@ class Row:
     acr_standing: Standing | None = None
 
     @property
+    def base(self) -> str:
+        """The recipe's name without what ``--set`` changed."""
+        return self.recipe.partition(" +")[0]
+
+    @property
+    def changed(self) -> bool:
+        return self.base != self.recipe
+
+    @property
     def complete(self) -> bool:
         return self.images == self.expected
 

@@ -14,7 +14,7 @@ from certbench.leaderboard import escape
 from certbench.leaderboard.board import Board
 from certbench.leaderboard.columns import Column, cells, columns, lines
 from certbench.leaderboard.comparison import STATES, Cell
-from certbench.leaderboard.foot import DERIVED, VOIDED, foot, voided
+from certbench.leaderboard.foot import DERIVED, SWEPT, VOIDED, foot, voided
 from certbench.leaderboard.published import PublishedFigure
 from certbench.leaderboard.row import Row
 
@@ -35,11 +35,19 @@ def markdown(board: Board) -> str:
         f"# {escape.markdown(board.title)}",
         _board_table(board.rows, shown) if board.rows else "No row stands.",
     ]
+    if board.swept:
+        parts += ["## Settings", SWEPT, _board_table(board.swept, unranked(shown))]
     if board.voided:
         why = "\n".join(f"* {escape.markdown(voided(row))}" for row in board.voided)
-        parts += ["## Voided", VOIDED, _board_table(board.voided, shown), why, "## Notes"]
+        parts += ["## Voided", VOIDED, _board_table(board.voided, shown), why]
+    if board.swept or board.voided:
+        parts.append("## Notes")
     notes = "\n".join(f"* {_marked_up(line)}" for line in foot(board))
     return "\n\n".join([*parts, notes]) + "\n"
+
+
+def unranked(shown: Sequence[Column]) -> list[Column]:
+    return [column for column in shown if column.header != "rank"]
 
 
 def _marked_up(line: str) -> str:
@@ -150,6 +158,8 @@ def latex(board: Board) -> str:
     parts = [LATEX_MARKER, "% needs \\usepackage{booktabs,graphicx}", f"% {escape.latex(board.title)}"]
     if board.rows:
         parts.append(_tabular(board.rows, shown))
+    if board.swept:
+        parts += [r"\par\smallskip\noindent Settings:", _tabular(board.swept, unranked(shown))]
     if board.voided:
         parts += [r"\par\smallskip\noindent Voided:", _tabular(board.voided, shown)]
     notes = [escape.latex(line) for line in (*map(voided, board.voided), *foot(board))]
@@ -215,7 +225,8 @@ def title(board: Board) -> str:
 
 def beneath(board: Board) -> list[str]:
     """What stands below a board in a terminal: how it was attacked, and a line for every voided row."""
-    attacked = [line for line in foot(board) if line.startswith("Attacked with")]
-    return [
-        escape.printable(line) for line in (*attacked, *(f"Voided: {voided(row)}" for row in board.voided))
-    ]
+    found = [line for line in foot(board) if line.startswith("Attacked with")]
+    if board.swept:
+        found.append(f"Not shown: {len(board.swept)} settings of these recipes; see {board.name}.md.")
+    found += [f"Voided: {voided(row)}" for row in board.voided]
+    return [escape.printable(line) for line in found]

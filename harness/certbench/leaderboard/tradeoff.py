@@ -11,15 +11,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from tabulate import tabulate
 
 from certbench.leaderboard.board import Board
-from certbench.leaderboard.escape import markdown as escape_markdown
 from certbench.leaderboard.row import Row
-from certbench.leaderboard.tables import MARKER
 from certbench.recipe import RADIUS_TOLERANCE, cascade_parts
 from certbench.results.store import ResultStore
-from certbench.stats.fronts import Comparison, Estimate, Floats, Sweep, compare, hypervolume, nondominated
+from certbench.stats.fronts import Comparison, Floats, Sweep, compare, hypervolume, nondominated
 
 BASELINE = "ibp"
 """The method whose points others are held against; its sweep goes over kappa and over the training radius."""
@@ -31,12 +28,13 @@ ENOUGH = 3
 class Measured:
     """One network certified on a whole test set: what was decided of each image, in published order.
 
-    ``setting`` names the recipe with what it changes. ``correct`` and ``radius`` (pixel units, rounded down, 0 for a
+    ``setting`` names the recipe with what it changes, ``epochs`` is how long it was trained. ``correct`` and ``radius`` (pixel units, rounded down, 0 for a
     misclassified image) have shape (images,).
     """
 
     method: str
     setting: str
+    epochs: int
     seed: int
     correct: Floats
     radius: Floats
@@ -66,6 +64,7 @@ class Point:
     """The mean of one setting over its seeds, as shares of 1."""
 
     setting: str
+    epochs: tuple[int, ...]
     seeds: tuple[int, ...]
     accuracy: float
     robustness: float
@@ -137,6 +136,7 @@ def _front(method: str, settings: dict[str, dict[int, Measured]], terms: Terms) 
     points = tuple(
         Point(
             setting=names[k],
+            epochs=tuple(sorted({run.epochs for run in settings[names[k]].values()})),
             seeds=tuple(sorted(settings[names[k]])),
             accuracy=float(means[k, 0]),
             robustness=float(means[k, 1]),
@@ -213,7 +213,7 @@ def tradeoffs(boards: Iterable[Board], store: ResultStore) -> list[Tradeoff]:
     """
     groups: dict[tuple[object, ...], list[Row]] = defaultdict(list)
     for board in boards:
-        for row in board.rows:
+        for row in board.standing_rows:
             is_proved = row.complete and row.acr is not None and row.guarantee != "statistical"
             if is_proved and row.cap and not row.submitter:
                 common = board.protocol, board.dataset, board.norm, row.model, row.cap, row.certifier
@@ -231,15 +231,6 @@ def tradeoffs(boards: Iterable[Board], store: ResultStore) -> list[Tradeoff]:
             )
             found.append(tradeoff(terms, measured))
     return found
-
-
-def page(boards: Iterable[Board], store: ResultStore) -> str | None:
-    """All trade-offs of a store as one Markdown page; None where there is none."""
-    found = tradeoffs(boards, store)
-    if not found:
-        return None
-    parts = [MARKER, "# Accuracy against robustness", *map(markdown, found)]
-    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
 
 def _terms(dataset: str, norm: str, row: Row, store: ResultStore) -> Terms:
@@ -269,125 +260,10 @@ def _names(rows: Sequence[Row]) -> list[str]:
 
 
 def _measured(row: Row, setting: str, store: ResultStore) -> Iterator[Measured]:
-    for run_id, seed in zip(row.run_ids, row.seeds, strict=True):
+    for entry, seed in zip(row.entries, row.seeds, strict=True):
+        run_id, epochs = entry.run["run_id"], entry.run["epochs"]
         table = store.certificates(run_id, row.certifier, row.settings_digest)
         label, prediction = (table.column(name).to_numpy() for name in ("label", "prediction"))
-        yield Measured(row.method, setting, seed, prediction == label, table.column("radius").to_numpy())
-
-
-# Text ----------------------------------------------------------------------------------------------------------------
-
-
-def markdown(found: Tradeoff) -> str:
-    """The table of points, the areas, and the sentences, as Markdown."""
-    terms = found.terms
-    words = (terms.dataset, terms.norm, terms.model, f"cap {terms.cap:g}", f"verifier {terms.verifier}")
-    title = f"## {', '.join(map(escape_markdown, words))}"
-    parts = [
-        title,
-        _points(found),
-        _areas(found),
-        *(_sentences(claim) for claim in found.claims),
-        *(_no_claim(method) for method in found.unclaimed),
-        _foot(terms),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _points(found: Tradeoff) -> str:
-    terms = found.terms
-    headers = ("method", "setting", "seeds", "clean %", "ACR/cap %", "front", "cap", "verifier", "tolerance")
-    lines = [
-        [
-            escape_markdown(front.method),
-            escape_markdown(point.setting),
-            len(point.seeds),
-            f"{100 * point.accuracy:.2f}",
-            f"{100 * point.robustness:.2f}" + ("" if point.beyond_constant else " †"),
-            "yes" if point.on_front else "",
-            f"{terms.cap:g}",
-            escape_markdown(terms.verifier),
-            "" if terms.tolerance is None else f"{terms.tolerance:.1e}",
-        ]
-        for front in found.fronts
-        for point in front.points
-    ]
-    align = ["left", "left", *["right"] * 3, "left", "right", "left", "right"]
-    return tabulate(lines, headers=headers, tablefmt="pipe", colalign=align, disable_numparse=True)
-
-
-def _areas(found: Tradeoff) -> str:
-    lines = [
-        [
-            escape_markdown(front.method),
-            len(front.points),
-            f"{front.hypervolume:.4f}",
-            ", ".join(f"{seed}: {area:.4f}" for seed, area in front.of_seeds.items()),
-        ]
-        for front in sorted(found.fronts, key=lambda front: -front.hypervolume)
-    ]
-    headers = ("method", "settings", "hypervolume", "of each seed")
-    align = ["left", "right", "right", "left"]
-    return tabulate(lines, headers=headers, tablefmt="pipe", colalign=align, disable_numparse=True)
-
-
-def _sentences(claim: Claim) -> str:
-    """The claim of one method, by the template that says which ratio, where, and how sure; never typed by hand."""
-    comparison = claim.comparison
-    who = f"{escape_markdown(claim.challenger)} against {escape_markdown(claim.baseline)}"
-    if comparison.largest is None:
-        return f"{who}: the baseline has no point with any robustness, so there is no ratio."
-    at = max(comparison.ratios, key=lambda ratio: ratio.ratio.value)
-    reached = sum(ratio.reached for ratio in comparison.ratios)
-    words = [
-        f"{who}, ACR at matched clean accuracy, {_count(len(claim.seeds), 'seed')}:",
-        f"up to {_times(comparison.largest)}, at baseline accuracy {100 * at.accuracy:.2f} %;",
-        f"geometric mean {_times(comparison.mean)} over the {reached} of "
-        f"{_count(len(comparison.ratios), 'baseline point')} that it reaches;"
-        if comparison.mean
-        else f"it reaches none of {_count(len(comparison.ratios), 'baseline point')};",
-        f"up to {_times(comparison.beyond_constant)} where the baseline beats a constant classifier."
-        if comparison.beyond_constant
-        else "the baseline beats a constant classifier nowhere.",
-    ]
-    lines = [
-        f"* at baseline accuracy {100 * r.accuracy:.2f} % ({escape_markdown(claim.settings[r.setting])}) the ratio is "
-        f"{_times(r.ratio)}, by the concave hull {r.hull:.2f}"
-        if r.reached
-        else f"* at baseline accuracy {100 * r.accuracy:.2f} % ({escape_markdown(claim.settings[r.setting])}) it has no "
-        "point that accurate"
-        for r in sorted(comparison.ratios, key=lambda r: -r.accuracy)
-    ]
-    if claim.left_out:
-        names = ", ".join(map(escape_markdown, claim.left_out))
-        seeds = ", ".join(map(str, claim.seeds))
-        lines.append(f"* left out, not run with all of seeds {seeds}: {names}")
-    return "\n".join([" ".join(words), "", *lines])
-
-
-def _no_claim(method: str) -> str:
-    return f"{escape_markdown(method)} against {BASELINE}: no seed in common, so nothing is claimed."
-
-
-def _times(estimate: Estimate) -> str:
-    return f"{estimate.value:.2f} [95% CI {estimate.low:.2f}, {estimate.high:.2f}]"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _foot(terms: Terms) -> str:
-    return "\n".join([
-        "* tolerance: the width to which the radius search closes in on the end of what it proves, as a share of the cap; "
-        "where bounds are not monotone, as linear ones, it may miss a larger radius beyond a gap.",
-        f"* Points are means over seeds and all test images; radii are {terms.guarantee} certificates, a misclassified "
-        "image counting 0.",
-        f"* †: at most what a constant classifier has, {100 * terms.majority:.2f} % of the cap.",
-        f"* Hypervolume: area above ({100 * terms.majority:.2f} %, 0), the commonest class and no robustness, as shares of 1; "
-        "of each seed: over the settings that have all the seeds shown.",
-        "* Ratios: the best ACR among a method's points at least as accurate as the baseline's point (staircase rule), over "
-        "the baseline's, over the seeds that are named; 0 where there is none so accurate; the baseline is never interpolated. "
-        "Intervals: paired bootstrap over test images nested in seeds (one seed fewer than there are, as in the boards), 1,000 "
-        "resamples, the maximum and the mean inside.",
-    ])  # fmt: skip
+        yield Measured(
+            row.method, setting, epochs, seed, prediction == label, table.column("radius").to_numpy()
+        )

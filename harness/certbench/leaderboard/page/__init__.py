@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from certbench.leaderboard.board import Board
     from certbench.leaderboard.comparison import Cell
     from certbench.leaderboard.published import Notes
+    from certbench.leaderboard.tradeoff import Tradeoff
 
 MARKER = "<!doctype html>\n<!-- certbench: derived from rows; do not edit -->\n"
 """How the page begins."""
@@ -26,8 +27,10 @@ def missing() -> str | None:
     return None
 
 
-def render(boards: Sequence[Board], cells: Sequence[Cell], notes: Notes) -> str:
-    """The page of some boards. Every string is escaped by the template engine; its one script is named by its digest
+def render(
+    boards: Sequence[Board], tradeoffs: Sequence[Tradeoff], cells: Sequence[Cell], notes: Notes
+) -> str:
+    """The page of some boards and of the trade-offs between their rows. Every string is escaped by the template engine; its one script is named by its digest
     in the page's own content policy, so that nothing else could run or be fetched."""
     from jinja2 import Environment, FunctionLoader, StrictUndefined
     from markupsafe import Markup
@@ -45,6 +48,9 @@ def render(boards: Sequence[Board], cells: Sequence[Cell], notes: Notes) -> str:
     script, style = ((folder / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     text = environment.get_template("page.html.j2").render(
-        **page(boards, cells, notes), script=Markup(script), style=Markup(style), script_digest=digest
+        **page(boards, tradeoffs, cells, notes),
+        script=Markup(script),
+        style=Markup(style),
+        script_digest=digest,
     )
     return MARKER + text.rstrip() + "\n"

@@ -22,6 +22,7 @@ import vl_convert
 from certbench.leaderboard.board import Board
 from certbench.leaderboard.metrics import PA_BINS
 from certbench.leaderboard.row import Row
+from certbench.leaderboard.tradeoff import Front
 from certbench.stats.fronts import nondominated
 
 SERIES = 8
@@ -177,6 +178,35 @@ def _hits(rows: Placed) -> Chart | None:
     )
 
 
+def staircases(fronts: Sequence[Front]) -> Chart:
+    """The fronts of some methods, in the order of their letters.
+
+    What a constant classifier matches is left out, unless nothing else is there: it would press the rest together.
+    """
+    points = [point for front in fronts for point in front.points]
+    left_out = {point.beyond_constant for point in points} == {True, False}
+    values = [
+        {
+            "x": _short(100 * point.accuracy),
+            "y": _short(100 * point.robustness),
+            "row": label(place) if point.on_front else "",
+            "slot": slot(place),
+            "fill": slot(place) if point.on_front else -1,
+            "front": point.on_front,
+        }
+        for place, front in reversed(list(enumerate(fronts)))  # the largest area on top
+        for point in front.points
+        if point.beyond_constant or not left_out
+    ]
+    return Chart(
+        "Clean accuracy against ACR",
+        "One point per setting, the mean of its seeds; up and to the right is better. A step is what a method's front "
+        "reaches at that accuracy or a higher one; hollow settings are dominated by others of their method."
+        + (" Not drawn: what has no larger ACR than a constant classifier." if left_out else ""),
+        _draw("staircase", ("clean accuracy, %", "ACR, % of the cap"), values),
+    )
+
+
 def _short(value: float) -> float:
     """Four significant digits: finer than a pixel."""
     return float(f"{value:.4g}")
@@ -219,7 +249,7 @@ def _vega(kind: str, titles: tuple[str, str]) -> str:
     x_scale = alt.Scale(type="log" if kind == "cost" else "linear", zero=False, nice=False, padding=room)
     y_scale = alt.Scale(zero=False, nice=not room, padding=room)
     axis: dict[str, Any] = {"labelOverlap": False, "tickCount": 5}
-    x = alt.X("x:Q", title=x_title, scale=x_scale, axis=alt.Axis(**axis, format=_format(kind)))
+    x = alt.X("x:Q", title=x_title, scale=x_scale, axis=alt.Axis(**axis, format=",.4~r"))
     y = alt.Y("y:Q", title=y_title, scale=y_scale, axis=alt.Axis(**axis, minExtent=30, maxExtent=30))
     base = alt.Chart(rows).encode(x=x, y=y)
     if kind in ("line", "steps"):
@@ -228,11 +258,13 @@ def _vega(kind: str, titles: tuple[str, str]) -> str:
             detail="row:N", color=alt.Color("slot:N", scale=colour, legend=None)
         )
     else:
-        line = (
-            base.transform_filter("datum.front")
-            .mark_line(strokeWidth=1.2, strokeDash=[4, 3], color="#b00002")
-            .encode(order="x:Q")
-        )
+        line = base.transform_filter("datum.front").encode(order="x:Q")
+        if kind == "staircase":  # one of each colour; what a point reaches holds to the left of it
+            line = line.mark_line(strokeWidth=1.4, interpolate="step-before").encode(
+                color=alt.Color("slot:N", scale=colour, legend=None)
+            )
+        else:
+            line = line.mark_line(strokeWidth=1.2, strokeDash=[4, 3], color="#b00002")
         points = base.mark_point(size=70, strokeWidth=1.8, filled=False).encode(
             stroke=alt.Stroke("slot:N", scale=colour, legend=None),
             fill=alt.Fill("fill:N", scale=colour, legend=None),
@@ -242,10 +274,6 @@ def _vega(kind: str, titles: tuple[str, str]) -> str:
     drawn = drawn.properties(width=_WIDTH, height=_HEIGHT, padding=_PADDING)
     drawn = drawn.properties(autosize=alt.AutoSizeParams(type="none"))
     return json.dumps(vl_convert.vegalite_to_vega(_configured(drawn).to_dict()))
-
-
-def _format(kind: str) -> str:
-    return ",.4~r" if kind == "cost" else "~g"
 
 
 def _configured(chart: Any) -> Any:

@@ -10,12 +10,14 @@ from certbench.leaderboard.board import Board
 from certbench.leaderboard.comparison import Cell, Published
 from certbench.leaderboard.escape import printable
 from certbench.leaderboard.figures import Figure
-from certbench.leaderboard.foot import foot, voided
+from certbench.leaderboard.foot import SWEPT, foot, voided
 from certbench.leaderboard.page.charts import charts, label, slot
+from certbench.leaderboard.page.fronts import front
 from certbench.leaderboard.page.recipes import commands, recipe_toml
 from certbench.leaderboard.published import Notes
 from certbench.leaderboard.row import Row
 from certbench.leaderboard.tables import REPRODUCTION, leader, reproduction_line, states
+from certbench.leaderboard.tradeoff import Tradeoff
 from certbench.results.rules import VERDICTS
 from certbench.threat import format_radius
 
@@ -55,9 +57,12 @@ SHORTER: dict[str, Callable[[Row], str]] = {
 """Columns that the page words more briefly than the plain tables; the row's details have them in full."""
 
 
-def page(boards: Sequence[Board], cells: Sequence[Cell], notes: Notes) -> dict[str, Any]:
+def page(
+    boards: Sequence[Board], tradeoffs: Sequence[Tradeoff], cells: Sequence[Cell], notes: Notes
+) -> dict[str, Any]:
     return {
         "boards": [_board(board, notes) for board in boards],
+        "tradeoffs": list(map(front, tradeoffs)),
         "reproduction": _reproduction(cells),
     }
 
@@ -79,8 +84,10 @@ def _board(board: Board, notes: Notes) -> dict[str, Any]:
         "leader": leader(board),
         "headers": [{"name": SHOWN.get(column.header, column.header)} for column in shown],
         "rows": rows,
+        "swept_words": SWEPT,
+        "swept": [_row(board, row, -1, shown) for row in board.swept],
         "guarantees": sorted({row["guarantee"] for row in rows}),
-        "submitted": any(row.submitter for row in board.rows),
+        "submitted": any(row.submitter for row in board.standing_rows),
         "voided": [{"row": _row(board, row, -1, shown), "why": voided(row)} for row in board.voided],
         "charts": charts(board),
         "methods": _methods(board, notes),
