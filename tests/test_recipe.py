@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from certbench.errors import UsageError
+from certbench.errors import LISTED, UsageError, nearest
 from certbench.recipe import Recipe, load_recipe, parse_recipe, run_id, validate
 from certbench.seeding import derive_seed
 from certbench.threat import format_radius, parse_radius, round_down, round_up
@@ -228,3 +228,11 @@ def test_run_ids_of_committed_rows_stay_what_they_are() -> None:
         found = validate(json.loads(row["recipe"]), "row")
         assert run_id(found, row["dataset_digest"], row["numerics"]) == row["run_id"]
         assert found.canonical_json() == row["recipe"]
+
+
+def test_what_is_known_is_listed_where_the_list_can_be_read() -> None:
+    few = [f"model-{number}" for number in range(LISTED)]
+    assert nearest("model-99", few).startswith("did you mean 'model-")
+    assert nearest("x", few) == f"known: {', '.join(sorted(few))}"
+    assert nearest("x", [*few, "one more"]) == f"none of the {LISTED + 1} that are known is like it"
+    assert nearest("x", []) == "none is known"

@@ -41,10 +41,16 @@ class RunError(CertbenchError):
     """Training or certification could not go on; what was recorded before stays."""
 
 
+LISTED = 30
+"""Known names that a message lists; it stays one line that can be read."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The closing words of a message about an unknown name: the nearest known one, or the whole list."""
+    """The closing words of a message about an unknown name: the nearest known one, or the list where it is short."""
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     if close:
         return f"did you mean {close[0]!r}?"
+    if len(names) > LISTED:
+        return f"none of the {len(names)} that are known is like it"
     return f"known: {', '.join(names)}" if names else "none is known"

@@ -206,8 +206,8 @@ class Plugins:
         known = self.recipes()
         if name not in known:
             raise UsageError(
-                f"unknown recipe {name!r}; {nearest(name, known)} A recipe file ends in .toml; "
-                "`certbench list recipes` shows the installed ones"
+                f"unknown recipe {name!r}; {nearest(name, known)} (a recipe file ends in .toml; "
+                "`certbench list recipes` shows the installed ones)"
             )
         found = load_recipe(known[name], name, overrides)
         return self._checked(self.resolve(found, where=str(known[name])))
