@@ -31,7 +31,7 @@ from certbench.leaderboard.page.recipes import commands, recipe_toml
 from certbench.leaderboard.published import Notes, PublishedFile, read_notes, read_published
 from certbench.leaderboard.row import flatten
 from certbench.plugins import Plugins
-from certbench.recipe import Strict, validate
+from certbench.recipe import Strict, split_name, validate
 from certbench.results.migrations import STEPS
 from certbench.results.schema import TABLES
 from certbench.results.store import ResultStore
@@ -517,13 +517,18 @@ def test_the_published_data_of_the_repository_is_valid() -> None:
 def test_the_recipe_to_copy_is_the_recipe_that_ran() -> None:
     folder = Path(__file__).parent.parent / "leaderboards"
     for board in boards(ResultStore(folder / "results")):
-        for row in board.rows:
+        for row in board.all_rows:
             written = tomllib.loads(recipe_toml(row)) | {"name": row.recipe}
             validate(written, "copied")
             ran = json.loads(row.run["recipe"])
             assert flatten(written) == {key: v for key, v in flatten(ran).items() if v is not None}
-            seeds = ",".join(map(str, row.seeds))
-        assert commands(row)[0].startswith(f"certbench run {row.recipe} --seeds {seeds}")
+            name, changes = split_name(row.recipe)
+            first, *again = commands(row)
+            assert first.startswith(" ".join(["certbench run", name, *(f"--set {c}" for c in changes)]))
+            assert first.endswith(f" --seeds {','.join(map(str, row.seeds))}")
+            if row.certifier not in (ran["certify"]["certifier"], row.method):
+                assert f"certbench certify {' '.join(row.run_ids)} --certifier '{row.certifier}'" in again[0]
+                assert again[0].endswith(f"--guarantee {row.guarantee}")
 
 
 def test_the_command_to_copy_survives_a_shell(tmp_path: Path) -> None:

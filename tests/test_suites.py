@@ -8,6 +8,7 @@ import pytest
 
 from certbench.errors import UsageError
 from certbench.plugins import installed
+from certbench.recipe import changed_name
 from certbench.suites import Member, load_suite, suites
 
 
@@ -72,6 +73,16 @@ def test_every_member_of_every_installed_suite_resolves() -> None:
             if member not in seen:
                 seen.add(member)
                 assert plugins.find_recipe(member.recipe, member.overrides).name == member.name
+
+
+def test_a_change_that_changes_nothing_leaves_a_recipe_its_name() -> None:
+    plugins = installed()
+    for name in list(plugins.recipes())[::20]:
+        recipe = plugins.find_recipe(name)
+        same = [f"train.epochs={recipe.train.epochs}", f"seed={recipe.seed}"]
+        assert plugins.find_recipe(name, same) == recipe
+        other = [*same, f"seed={recipe.seed + 1}"]
+        assert plugins.find_recipe(name, other).name == changed_name(name, other)
 
 
 def test_the_quickstart_has_one_digits_recipe_for_every_method_that_is_no_baseline() -> None:

@@ -16,6 +16,7 @@ TERMS = Terms(
     verifier="ibp",
     guarantee="float_sound",
     tolerance=2.0**-20,
+    decided_at=None,
     majority=0.1,
 )
 IMAGES = 200

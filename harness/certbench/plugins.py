@@ -202,15 +202,26 @@ class Plugins:
         """
         path = Path(name)
         if path.suffix == ".toml":
-            return self._checked(self.resolve(load_recipe(path, overrides=overrides), where=name))
+            return self._checked(self._resolved(path, None, tuple(overrides), where=name))
         known = self.recipes()
         if name not in known:
             raise UsageError(
                 f"unknown recipe {name!r}; {nearest(name, known)} (a recipe file ends in .toml; "
                 "`certbench list recipes` shows the installed ones)"
             )
-        found = load_recipe(known[name], name, overrides)
-        return self._checked(self.resolve(found, where=str(known[name])))
+        return self._checked(self._resolved(known[name], name, tuple(overrides), where=str(known[name])))
+
+    def _resolved(self, path: Path, name: str | None, overrides: Sequence[str], where: str) -> Recipe:
+        """The recipe with what is changed; one that is what it was before keeps its name and published figures."""
+        found = self.resolve(load_recipe(path, name, overrides), where)
+        if overrides:
+            try:
+                unchanged = self.resolve(load_recipe(path, name), where)
+            except UsageError:  # it cannot do without
+                return found
+            if found.is_same(unchanged):
+                return unchanged
+        return found
 
     def resolve(self, recipe: Recipe, where: str | None = None) -> Recipe:
         """The recipe with the method's defaults filled in; see :meth:`settings`."""

@@ -372,6 +372,10 @@ class Recipe(Strict):
         """Plain JSON values with every default filled in; radii as reduced fractions."""
         return self.model_dump(mode="json")
 
+    def is_same(self, other: Recipe) -> bool:
+        """Whether both compute the same, whatever they are called."""
+        return _computed(self.canonical()) == _computed(other.canonical())
+
     def canonical_json(self) -> str:
         return json.dumps(self.canonical(), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
@@ -403,13 +407,17 @@ def run_id(recipe: Recipe, data_digest: str, method_numerics: int) -> str:
 def identify(content: Mapping[str, Any], data_digest: str, numerics: tuple[int, int], protocol: str) -> str:
     """The run id of a canonical recipe, from plain values: rows can be checked without the plugin that made them."""
     identity = {
-        "recipe": {key: value for key, value in content.items() if key not in ("name", "reference")},
+        "recipe": _computed(content),
         "data": data_digest,
         "numerics": list(numerics),
         "protocol": protocol,
     }
     text = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _computed(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in content.items() if key not in ("name", "reference")}
 
 
 def load_recipe(path: Path, name: str | None = None, overrides: Iterable[str] = ()) -> Recipe:
@@ -439,10 +447,20 @@ def parse_recipe(
     changes = list(overrides)
     for change in changes:
         _apply_override(table, change)
-    shown = " ".join([name, *(f"+{change}" for change in changes)])  # a changed recipe says so in its name,
-    if changes:
-        table.pop("reference", None)  # and the published figures are not about it
-    return validate({**table, "name": shown}, where or name)
+    if changes:  # a changed recipe says so in its name, and the published figures are not about it
+        table.pop("reference", None)
+    return validate({**table, "name": changed_name(name, changes)}, where or name)
+
+
+def changed_name(name: str, changes: Iterable[str]) -> str:
+    """What a recipe is called once ``--set`` has changed it by these ``key=value``."""
+    return " +".join([name, *changes])
+
+
+def split_name(name: str) -> tuple[str, list[str]]:
+    """A recipe's name without what ``--set`` changed, and these changes."""
+    base, *changes = name.split(" +")
+    return base, changes
 
 
 def is_too_deep(content: Mapping[str, Any], most: int = 20) -> bool:

@@ -310,7 +310,7 @@ class Run:
 
     def _teacher_digest(self) -> str | None:
         is_student = isinstance(self.plugins.settings(self.recipe), TeacherSettings)
-        return teacher_digest(self.store, self.id, self.folder) if is_student else None
+        return teacher_digest(self.store, self.id, self.recipe.name, self.folder) if is_student else None
 
     def trained(
         self,

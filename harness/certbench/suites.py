@@ -23,7 +23,7 @@ from pydantic import Field, ValidationError
 
 from certbench.errors import UsageError
 from certbench.plugins import Plugins
-from certbench.recipe import Strict, explain
+from certbench.recipe import Strict, changed_name, explain
 
 DATASETS = ("mnist", "cifar10", "tinyimagenet", "imagenet")
 Value = bool | int | float | str | list[int]
@@ -38,7 +38,7 @@ class Member:
 
     @property
     def name(self) -> str:
-        return " ".join([self.recipe, *(f"+{change}" for change in self.overrides)])
+        return changed_name(self.recipe, self.overrides)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from certbench.errors import DataError
 from certbench.leaderboard.comparison import beside
 from certbench.leaderboard.gather import Entry, gather
 from certbench.leaderboard.published import Notes
-from certbench.leaderboard.ranking import ranked
+from certbench.leaderboard.ranking import check_images, estimated, ranked
 from certbench.leaderboard.row import Row, Standing, order, rows_of
 from certbench.recipe import protocol_of, stride_of
 from certbench.results.rules import parse_fraction
@@ -35,7 +35,7 @@ class Board:
 
     ``voided`` rows have a refuted certificate: they stand below the table and take no part in any ranking. Nor do
     ``swept`` rows, which change by ``--set`` a recipe that is itself on the board: forty settings of one method would hide
-    the others and widen everybody's range of ranks; what they say is the matter of trade-offs. A board of norm l2, where every image has a radius of its own, has ``radii`` at which the certified accuracy is given, and is
+    the others and widen everybody's range of ranks; those of deterministic certificates are compared as trade-offs. A board of norm l2, where every image has a radius of its own, has ``radii`` at which the certified accuracy is given, and is
     ordered by ACR, whatever guarantee its rows have.
     """
 
@@ -90,14 +90,14 @@ class Board:
     def comparable(self) -> list[list[int]]:
         """Groups of places that may be compared by ACR, the largest first: complete rows of one budget.
 
-        A row that is alone in its budget is in no group, unless all of them are.
+        A row that is alone in its budget is in no group, unless it is the only one on the board.
         """
         groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
         for place, row in enumerate(self.rows):
             if row.complete and row.acr is not None:
                 groups[row.budget].append(place)
         found = sorted(groups.values(), key=len, reverse=True)
-        return [group for group in found if len(group) > 1] or found
+        return found if len(found) == 1 else [group for group in found if len(group) > 1]
 
     def tied(self) -> set[int]:
         """Places of the rows that share the first rank among those they were compared with."""
@@ -175,13 +175,16 @@ def _board(
     }
     rows = rows_of(members, expected, dict.fromkeys([*radii, *sorted(published)]))
     void, stand = _parted(rows, lambda row: row.void)
+    check_images(stand)
     shipped = {_recipe(row, row.recipe) for row in stand if row.complete}
     swept, rest = _parted(stand, lambda row: row.changed and _recipe(row, row.base) in shipped)
 
     def shown(part: Iterable[Row]) -> tuple[Row, ...]:
         return tuple(sorted((replace(row, published=beside(row, size, notes)) for row in part), key=order))
 
-    return Board(name, protocol, dataset, norm, size, shown(ranked(rest)), shown(swept), shown(void), radii)
+    return Board(
+        name, protocol, dataset, norm, size, shown(ranked(rest)), shown(estimated(swept)), shown(void), radii
+    )
 
 
 def _parted(rows: Iterable[Row], test: Callable[[Row], bool]) -> tuple[list[Row], list[Row]]:

@@ -13,6 +13,7 @@ from certbench.errors import DataError
 from certbench.leaderboard.figures import Figure, decimal
 from certbench.leaderboard.published import Notes, PublishedFigure
 from certbench.leaderboard.row import Row
+from certbench.recipe import split_name
 
 WITHIN = 2.0
 """Standard deviations within which a published figure counts as reproduced."""
@@ -134,7 +135,7 @@ def _names(recipe: str | None, of_row: str) -> bool:
 
 def _overrides(recipe: str) -> tuple[str, dict[str, str]]:
     """A recipe's name without its overrides, and these by key: their order says nothing, and the last of a key counts."""
-    base, *changes = recipe.split(" +")
+    base, changes = split_name(recipe)
     return base, dict(change.partition("=")[::2] for change in changes)
 
 

@@ -22,7 +22,7 @@ GUARANTEES = {
 }
 DERIVED = "Derived by `certbench leaderboard build` from the rows in `results/`; do not edit."
 _BUDGET = "; by ACR only rows of one alpha and one rule by which draws end are compared"
-SWEPT = "Recipes that stand above, changed by --set as their names say; not ranked. See the trade-off page."
+SWEPT = "Recipes that stand above, changed by --set as their names say; not ranked."
 VOIDED = "Attacks refuted more proofs of these rows than their guarantee allows, so no figure of theirs counts and they are not ranked."
 
 
@@ -49,8 +49,8 @@ def _settings(rows: Sequence[Row]) -> Iterable[str]:
     yield f"Certifier: {', '.join(named)}."
     if any(VERDICT_ONLY in certifier for certifier, _, _ in certifiers):
         yield (
-            f"A bound marked {VERDICT_ONLY} decides at the table's radius only; it proves no larger radius, so the ACR of "
-            "such a row is mostly that of its other bounds."
+            f"A bound marked {VERDICT_ONLY} decides at the table's radius only and proves no other, so the ACR of such a "
+            "row is mostly that of its other bounds."
         )
     for guarantee in sorted({row.guarantee for row in rows}):
         yield f"Guarantee {guarantee}: {GUARANTEES[guarantee]}."

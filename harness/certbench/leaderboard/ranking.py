@@ -26,12 +26,10 @@ def ranked(rows: Sequence[Row]) -> list[Row]:
     where every row is one network, otherwise by the bootstrap over images nested in seeds. ACR is compared by the
     bootstrap, and only among rows of one budget (:attr:`certbench.leaderboard.row.Row.budget`).
 
-    Raises:
-        DataError: complete rows are not about the same images.
+    The complete rows are about the same images (:func:`check_images`).
     """
     found = list(rows)
     complete = [place for place, row in enumerate(rows) if row.complete]
-    _same_images([rows[place] for place in complete])
     for place, standing in _by_certified(rows, complete).items():
         found[place] = replace(found[place], standing=standing)
     budgets: dict[tuple[object, ...], list[int]] = defaultdict(list)
@@ -44,11 +42,27 @@ def ranked(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
-def _same_images(rows: Sequence[Row]) -> None:
-    indices = [entry.metrics.each.index for row in rows for entry in row.entries]
+def estimated(rows: Sequence[Row]) -> list[Row]:
+    """The rows with ACR's interval over images and no standings, as those that are shown and not ranked."""
+    found = list(rows)
+    for place, row in enumerate(rows):
+        if row.complete and row.acr is not None:
+            values = [np.stack([entry.metrics.each.radius for entry in row.entries])]
+            (nested,) = _nested(rows, [place], values)
+            found[place] = replace(row, acr=replace(row.acr, interval=bootstrap.interval(nested.images)))
+    return found
+
+
+def check_images(rows: Sequence[Row]) -> None:
+    """
+    Raises:
+        DataError: complete rows are not about the same images.
+    """
+    complete = [row for row in rows if row.complete]
+    indices = [entry.metrics.each.index for row in complete for entry in row.entries]
     if any(not np.array_equal(index, indices[0]) for index in indices[1:]):
         raise DataError(
-            f"complete rows of {rows[0].recipe} and others are about different images; no table is built of them"
+            f"complete rows of {complete[0].recipe} and others are about different images; no table is built of them"
         )
 
 

@@ -23,6 +23,7 @@ from certbench.errors import DataError
 from certbench.leaderboard.figures import Figure, figure, share
 from certbench.leaderboard.gather import Entry
 from certbench.leaderboard.metrics import Cost, Sampling
+from certbench.recipe import split_name
 from certbench.results.rules import VERDICTS, parse_fraction
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ class Row:
     @property
     def base(self) -> str:
         """The recipe's name without what ``--set`` changed."""
-        return self.recipe.partition(" +")[0]
+        return split_name(self.recipe)[0]
 
     @property
     def changed(self) -> bool:

@@ -9,6 +9,7 @@ from tabulate import tabulate
 from certbench.leaderboard import escape
 from certbench.leaderboard.tables import MARKER
 from certbench.leaderboard.tradeoff import BASELINE, Claim, Front, Point, Terms, Tradeoff
+from certbench.recipe import VERDICT_ONLY
 from certbench.stats.fronts import Estimate
 
 Escape = Callable[[str], str]
@@ -59,8 +60,10 @@ def _table(headers: Sequence[str], lines: Sequence[Sequence[str]], align: Sequen
 
 
 def title(terms: Terms) -> str:
-    words = (terms.dataset, terms.norm, terms.model, f"cap {terms.cap:g}", f"verifier {terms.verifier}")
-    return ", ".join(words)
+    at = [f"radius {terms.decided_at}"] if terms.decided_at else []
+    return ", ".join(
+        [terms.dataset, terms.norm, terms.model, *at, f"cap {terms.cap:g}", f"verifier {terms.verifier}"]
+    )
 
 
 def points(found: Tradeoff) -> list[list[str]]:
@@ -144,7 +147,12 @@ def _count(number: int, noun: str) -> str:
 def notes(terms: Terms) -> list[str]:
     """How to read the tables and the claims."""
     constant = f"{100 * terms.majority:.2f} %"
+    decided = (
+        f"A bound marked {VERDICT_ONLY} decides at radius {terms.decided_at} and proves no other, so an image that it alone "
+        "proves counts with that radius; tolerance is that of the other bounds."
+    )
     return [
+        *([decided] if terms.decided_at else []),
         "tolerance: the width to which the radius search closes in on the end of what it proves, as a share of the cap; "
         "where bounds are not monotone, as linear ones, it may miss a larger radius beyond a gap.",
         f"Points are means over seeds and all test images; radii are {terms.guarantee} certificates, a misclassified "

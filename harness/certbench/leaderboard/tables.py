@@ -46,6 +46,10 @@ def markdown(board: Board) -> str:
     return "\n\n".join([*parts, notes]) + "\n"
 
 
+def settings(count: int) -> str:
+    return f"{count} {'setting' if count == 1 else 'settings'}"
+
+
 def unranked(shown: Sequence[Column]) -> list[Column]:
     return [column for column in shown if column.header != "rank"]
 
@@ -227,6 +231,6 @@ def beneath(board: Board) -> list[str]:
     """What stands below a board in a terminal: how it was attacked, and a line for every voided row."""
     found = [line for line in foot(board) if line.startswith("Attacked with")]
     if board.swept:
-        found.append(f"Not shown: {len(board.swept)} settings of these recipes; see {board.name}.md.")
+        found.append(f"Not shown: {settings(len(board.swept))} of these recipes; see {board.name}.md.")
     found += [f"Voided: {voided(row)}" for row in board.voided]
     return [escape.printable(line) for line in found]

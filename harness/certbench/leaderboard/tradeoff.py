@@ -1,7 +1,7 @@
 """Accuracy against robustness: each method as the set of points of its sweep, and what one front says of another.
 
 The robustness of a point is ACR / cap, so recipes of different radii share a front as long as cap, verifier and its
-tolerance are equal. Never ranked by ACR alone: a classifier that always names the commonest class has some.
+tolerance are equal; but where bounds of the verifier decide at the recipe's radius alone, that is part of the verifier. Never ranked by ACR alone: a classifier that always names the commonest class has some.
 """
 
 from __future__ import annotations
@@ -46,7 +46,11 @@ Settings = dict[str, dict[int, Measured]]
 
 @dataclass(frozen=True)
 class Terms:
-    """What all points of one trade-off table have in common; ``tolerance`` is a share of the cap."""
+    """What all points of one trade-off table have in common; ``tolerance`` is a share of the cap.
+
+    ``decided_at`` is the radius at which some bounds of the verifier decide without searching others, None where all search:
+    such a radius is a part of what the verifier proves.
+    """
 
     dataset: str
     norm: str
@@ -55,6 +59,7 @@ class Terms:
     verifier: str
     guarantee: str
     tolerance: float | None
+    decided_at: str | None
     majority: float
     """The share of the commonest class in the test set."""
 
@@ -217,13 +222,13 @@ def tradeoffs(boards: Iterable[Board], store: ResultStore) -> list[Tradeoff]:
             is_proved = row.complete and row.acr is not None and row.guarantee != "statistical"
             if is_proved and row.cap and not row.submitter:
                 common = board.protocol, board.dataset, board.norm, row.model, row.cap, row.certifier
-                groups[(*common, row.guarantee, row.deploy)].append(row)
+                groups[(*common, row.guarantee, row.deploy, _decided_at(row, board))].append(row)
     found = []
     for key, rows in sorted(groups.items(), key=lambda item: tuple(map(str, item[0]))):
         swept = Counter(method for method, _ in {(row.method, row.recipe) for row in rows})
         if max(swept.values()) > 1:  # other certificates of one recipe, or somebody's copy, are no sweep
             _, dataset, norm, *_ = key
-            terms = _terms(str(dataset), str(norm), rows[0], store)
+            terms = _terms(str(dataset), str(norm), rows[0], str(key[-1]), store)
             measured = (
                 one
                 for row, name in zip(rows, _names(rows), strict=True)
@@ -233,7 +238,13 @@ def tradeoffs(boards: Iterable[Board], store: ResultStore) -> list[Tradeoff]:
     return found
 
 
-def _terms(dataset: str, norm: str, row: Row, store: ResultStore) -> Terms:
+def _decided_at(row: Row, board: Board) -> str:
+    """See :class:`Terms`; empty for None."""
+    searching = all(searches for _, searches in cascade_parts(row.certifier))
+    return "" if searching else board.radius.removeprefix("radius ")
+
+
+def _terms(dataset: str, norm: str, row: Row, decided_at: str, store: ResultStore) -> Terms:
     assert row.cap is not None  # rows without one take no part
     labels = store.certificates(row.run_ids[0], row.certifier, row.settings_digest).column("label")
     tolerances = [RADIUS_TOLERANCE.get(bound) for bound, searches in cascade_parts(row.certifier) if searches]
@@ -244,7 +255,8 @@ def _terms(dataset: str, norm: str, row: Row, store: ResultStore) -> Terms:
         cap=float(row.cap),
         verifier=row.certifier,
         guarantee=row.guarantee if row.deploy == "float32" else f"{row.guarantee} ({row.deploy})",
-        tolerance=None if None in tolerances else max(t for t in tolerances if t is not None),
+        tolerance=None if None in tolerances else max((t for t in tolerances if t is not None), default=None),
+        decided_at=decided_at or None,
         majority=float(np.bincount(labels.to_numpy()).max() / len(labels)),
     )
 

@@ -56,7 +56,7 @@ def copy_teacher(trained: Trained, folder: Path) -> None:
         (folder / TEACHER).unlink(missing_ok=True)
 
 
-def teacher_digest(store: ResultStore, run_id: str, folder: Path) -> str:
+def teacher_digest(store: ResultStore, run_id: str, name: str, folder: Path) -> str:
     """Which network a student learnt from: what is recorded of it, or else what its folder says.
 
     Raises:
@@ -66,6 +66,6 @@ def teacher_digest(store: ResultStore, run_id: str, folder: Path) -> str:
     digest: str | None = recorded or taught_by(folder)
     if digest is None:
         raise RunError(
-            f"nothing in {folder} says which network the student learnt from; remove the folder to train it again"
+            f"{name}: nothing in {folder} says which network it learnt from; remove the folder to train it again"
         )
     return digest

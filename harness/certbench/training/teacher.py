@@ -18,7 +18,7 @@ from certbench.data.dataset import Dataset
 from certbench.errors import UsageError
 from certbench.models import build_network
 from certbench.plugins import Plugins
-from certbench.recipe import Recipe, Strict, explain
+from certbench.recipe import Recipe, Strict, changed_name, explain, split_name
 from certbench.training.checkpoint import network_digest
 
 
@@ -153,11 +153,11 @@ def find_teacher(student: Recipe, plugins: Plugins) -> Recipe | NetworkFile:
 
 def _renamed(name: str, teacher: str) -> str:
     """A recipe's name in which no override names another teacher, or this one by its folder."""
-    parts = name.split(" +")
-    ours = [k for k, part in enumerate(parts) if part.startswith("method.teacher=")]
+    base, changes = split_name(name)
+    ours = [k for k, change in enumerate(changes) if change.startswith("method.teacher=")]
     if ours:
-        parts[ours[-1]] = f"method.teacher={teacher}"
-    return " +".join(part for k, part in enumerate(parts) if k not in ours[:-1])
+        changes[ours[-1]] = f"method.teacher={teacher}"
+    return changed_name(base, [change for k, change in enumerate(changes) if k not in ours[:-1]])
 
 
 def pinned(student: Recipe, identity: str, settings: TeacherSettings) -> Recipe:

@@ -22,7 +22,7 @@ import vl_convert
 from certbench.leaderboard.board import Board
 from certbench.leaderboard.metrics import PA_BINS
 from certbench.leaderboard.row import Row
-from certbench.leaderboard.tradeoff import Front
+from certbench.leaderboard.tradeoff import Front, Point
 from certbench.stats.fronts import nondominated
 
 SERIES = 8
@@ -149,7 +149,7 @@ def _front(
     ]
     names = ", ".join(label(place) for (place, _, _), worse in zip(points, beaten, strict=True) if not worse)
     kind = "front" if sense > 0 else "cost"
-    of = " that may be compared by ACR" if board.smoothed else ""
+    of = f" that may be compared by ACR with {label(points[0][0])}" if board.smoothed else ""
     y_title = "average certified radius" if board.smoothed else "certified accuracy, %"
     return Chart(
         title,
@@ -178,26 +178,29 @@ def _hits(rows: Placed) -> Chart | None:
     )
 
 
-def staircases(fronts: Sequence[Front]) -> Chart:
-    """The fronts of some methods, in the order of their letters.
+def drawn(front: Front, fronts: Sequence[Front]) -> list[Point]:
+    """The points of a front that a chart shows: those more robust than a constant classifier, which would press the rest
+    together; or all where none of any front is."""
+    any_beyond = any(point.beyond_constant for one in fronts for point in one.points)
+    return [point for point in front.points if point.beyond_constant or not any_beyond]
 
-    What a constant classifier matches is left out, unless nothing else is there: it would press the rest together.
-    """
-    points = [point for front in fronts for point in front.points]
-    left_out = {point.beyond_constant for point in points} == {True, False}
+
+def staircases(fronts: Sequence[Front]) -> Chart:
+    """The fronts of some methods, in the order of their letters."""
     values = [
         {
             "x": _short(100 * point.accuracy),
             "y": _short(100 * point.robustness),
+            "of": place,
             "row": label(place) if point.on_front else "",
             "slot": slot(place),
             "fill": slot(place) if point.on_front else -1,
             "front": point.on_front,
         }
         for place, front in reversed(list(enumerate(fronts)))  # the largest area on top
-        for point in front.points
-        if point.beyond_constant or not left_out
+        for point in drawn(front, fronts)
     ]
+    left_out = len(values) < sum(len(front.points) for front in fronts)
     return Chart(
         "Clean accuracy against ACR",
         "One point per setting, the mean of its seeds; up and to the right is better. A step is what a method's front "
@@ -259,9 +262,9 @@ def _vega(kind: str, titles: tuple[str, str]) -> str:
         )
     else:
         line = base.transform_filter("datum.front").encode(order="x:Q")
-        if kind == "staircase":  # one of each colour; what a point reaches holds to the left of it
+        if kind == "staircase":  # one of each method; what a point reaches holds to the left of it
             line = line.mark_line(strokeWidth=1.4, interpolate="step-before").encode(
-                color=alt.Color("slot:N", scale=colour, legend=None)
+                detail="of:N", color=alt.Color("slot:N", scale=colour, legend=None)
             )
         else:
             line = line.mark_line(strokeWidth=1.2, strokeDash=[4, 3], color="#b00002")

@@ -16,7 +16,7 @@ from certbench.leaderboard.page.fronts import front
 from certbench.leaderboard.page.recipes import commands, recipe_toml
 from certbench.leaderboard.published import Notes
 from certbench.leaderboard.row import Row
-from certbench.leaderboard.tables import REPRODUCTION, leader, reproduction_line, states
+from certbench.leaderboard.tables import REPRODUCTION, leader, reproduction_line, states, unranked
 from certbench.leaderboard.tradeoff import Tradeoff
 from certbench.results.rules import VERDICTS
 from certbench.threat import format_radius
@@ -85,9 +85,9 @@ def _board(board: Board, notes: Notes) -> dict[str, Any]:
         "headers": [{"name": SHOWN.get(column.header, column.header)} for column in shown],
         "rows": rows,
         "swept_words": SWEPT,
-        "swept": [_row(board, row, -1, shown) for row in board.swept],
+        "swept": [_row(board, row, -1, unranked(shown)) for row in board.swept],
+        "swept_headers": [SHOWN.get(column.header, column.header) for column in unranked(shown)],
         "guarantees": sorted({row["guarantee"] for row in rows}),
-        "submitted": any(row.submitter for row in board.standing_rows),
         "voided": [{"row": _row(board, row, -1, shown), "why": voided(row)} for row in board.voided],
         "charts": charts(board),
         "methods": _methods(board, notes),
@@ -272,7 +272,7 @@ def _draws(row: Row) -> list[tuple[str, str]]:
 
 def _methods(board: Board, notes: Notes) -> list[dict[str, Any]]:
     """A card for every method of a board, with a recipe for each of its rows."""
-    rows = [*board.rows, *board.voided]
+    rows = board.all_rows
     found = []
     for method in dict.fromkeys(row.method for row in rows):
         card = notes.methods.get(method)

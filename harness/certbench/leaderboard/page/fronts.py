@@ -6,17 +6,22 @@ from typing import Any
 
 from certbench.leaderboard import sentences
 from certbench.leaderboard.escape import printable
-from certbench.leaderboard.page.charts import label, slot, staircases
+from certbench.leaderboard.page.charts import drawn, label, slot, staircases
 from certbench.leaderboard.tradeoff import Tradeoff
 
 
 def front(found: Tradeoff) -> dict[str, Any]:
     terms = found.terms
+    at = f"radius {terms.decided_at}, " if terms.decided_at else ""
     fronts = sorted(found.fronts, key=lambda one: (-one.hypervolume, one.method))
     return {
         "title": printable(f"{terms.dataset}, {terms.norm}, {terms.model}"),
-        "terms": printable(f"cap {terms.cap:g}, verifier {terms.verifier}, {terms.guarantee}"),
-        "legend": [(label(place), slot(place), printable(one.method)) for place, one in enumerate(fronts)],
+        "terms": printable(f"{at}cap {terms.cap:g}, verifier {terms.verifier}, {terms.guarantee}"),
+        "legend": [
+            (label(place), slot(place), printable(one.method))
+            for place, one in enumerate(fronts)
+            if drawn(one, fronts)
+        ],
         "chart": staircases(fronts),
         "area_headers": sentences.AREAS,
         "areas": [_unbroken(line) for line in sentences.areas(found)],

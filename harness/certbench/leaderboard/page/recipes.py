@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from certbench.leaderboard.row import Row
+from certbench.recipe import split_name
 
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -47,7 +48,7 @@ def _value(value: Any) -> str:
 
 def commands(row: Row) -> list[str]:
     """The command lines that make the row's figures again; a recipe that no plugin ships is saved as a file first."""
-    name, *changes = row.recipe.split(" +")
+    name, changes = split_name(row.recipe)
     shipped = name.startswith(f"{row.method}/")
     words = ["certbench", "run", name if shipped else "recipe.toml"]
     if shipped:
@@ -66,7 +67,9 @@ def _certified_again(row: Row) -> list[str]:
     words = []
     if row.certifier not in (asked.get("certifier") or row.certifier, row.method):
         words += ["--certifier", row.certifier]
-    if row.guarantee in ("float_sound", "real_arith") and asked.get("guarantee") not in (None, row.guarantee):
+    # Another certifier brings a guarantee of its own, so what the recipe asks for says nothing then.
+    same = not words and asked.get("guarantee") in (None, row.guarantee)
+    if row.guarantee in ("float_sound", "real_arith") and not same:
         words += ["--guarantee", row.guarantee]
     if asked.get("deploy") not in (None, row.deploy):
         words += ["--deploy", row.deploy]
