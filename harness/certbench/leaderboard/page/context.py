@@ -104,6 +104,7 @@ def _row(board: Board, row: Row, place: int, shown: Sequence[c.Column]) -> dict[
         "method": row.method,
         "recipe": c.recipe(row),
         "model": row.model,
+        "certifier": row.certifier,
         "submitter": c.submitter(row),
         "guarantee": row.guarantee,
         "guarantee_words": GUARANTEES[row.guarantee] + ("" if row.deploy == "float32" else f", {row.deploy}"),
