@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -221,11 +221,15 @@ def shown(page: Any) -> list[str]:
     return [str(name) for name in page.execute_script(script)]
 
 
-def wait_for_board(page: Any, expected: list[str]) -> None:
-    """The address changes first, what is shown a moment later."""
+def wait(page: Any, condition: Callable[[], bool], words: str) -> None:
+    """For what the browser does on its own time: the address changes first, what is shown a moment later."""
     from selenium.webdriver.support.ui import WebDriverWait
 
-    WebDriverWait(page, 20).until(lambda p: shown(p) == expected, f"only {expected} is shown")
+    WebDriverWait(page, 20).until(lambda _: condition(), words)
+
+
+def wait_for_board(page: Any, expected: list[str]) -> None:
+    wait(page, lambda: shown(page) == expected, f"only {expected} is shown")
 
 
 def click(page: Any, selector: str) -> None:
@@ -348,13 +352,17 @@ def test_the_skip_link_and_the_board_picker_work_by_keyboard(page: Any, folder: 
     page.get("about:blank")
     page.get((folder / "index.html").as_uri())
     press(page, Keys.TAB, Keys.ENTER)
+    wait(
+        page,
+        lambda: page.execute_script("return document.activeElement.id") == "main",
+        "the link skips to main",
+    )
     before = shown(page)
-    assert page.execute_script("return document.activeElement.id") == "main"
     size(page, 800, 900)
     page.execute_script("document.getElementById('pick').focus()")
     press(page, Keys.ARROW_DOWN)
     press(page, Keys.ENTER)
-    assert shown(page) != before and len(shown(page)) == 1
+    wait(page, lambda: shown(page) != before and len(shown(page)) == 1, "another board is shown, alone")
 
 
 @needs_a_browser
