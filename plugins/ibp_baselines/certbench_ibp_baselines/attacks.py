@@ -39,12 +39,13 @@ class SABR(Adversarial):
     settings: SABRSettings
 
     def box(self, batch: Batch) -> Box:
-        tau = self.settings.subselection_ratio * batch.eps
         if batch.eps == 0:
             return input_box(batch.images, batch.floor)
-        room = input_box(batch.images, batch.eps - tau)  # centres whose small box stays inside the ball
+        eps = max(batch.eps, batch.floor)  # the ball that is bounded: the regularisers need widths
+        tau = max(self.settings.subselection_ratio * batch.eps, batch.floor)
+        room = input_box(batch.images, eps - tau)  # centres whose small box stays inside the ball
         center = self.attacked(batch).maximum(room.lower).minimum(room.upper)
-        return input_box(center, max(tau, batch.floor))
+        return input_box(center, tau)
 
 
 class MTLIBP(Adversarial):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,14 @@ from certbench.errors import UsageError
 from certbench.models import build_network
 from certbench.plugins import installed
 from certbench.run import run_recipe
-from certbench.training import Batch, IntervalObjective, Step, projected_gradient, robust_cross_entropy
+from certbench.training import (
+    NATURAL_EPS,
+    Batch,
+    IntervalObjective,
+    Step,
+    projected_gradient,
+    robust_cross_entropy,
+)
 from certbench_ibp_baselines.attacks import MTLIBP, SABR
 from certbench_ibp_baselines.bounds import IBP, CrownIBP
 from certbench_ibp_baselines.plain import constant_network
@@ -170,6 +178,15 @@ def test_the_small_box_of_sabr_lies_inside_the_ball(ratio: float) -> None:
     assert (box.lower >= ball.lower - 1e-6).all() and (box.upper <= ball.upper + 1e-6).all()
     inside = (case.x > EPS) & (case.x < 1 - EPS)
     torch.testing.assert_close(box.radius[inside], torch.full_like(box.radius[inside], ratio * EPS))
+
+
+@pytest.mark.parametrize("eps", [2e-7, 2e-6, 2e-5])
+def test_the_small_box_stays_inside_the_ball_where_the_radius_is_near_the_floor(eps: float) -> None:
+    case = Case("sabr", subselection_ratio=0.2)
+    batch = dataclasses.replace(case.batch(), eps=eps, floor=NATURAL_EPS)
+    box, ball = case.objective.box(batch), input_box(case.x, max(eps, NATURAL_EPS))
+    ulps = 2 * torch.finfo(torch.float32).eps  # of pixels up to 1
+    assert (box.lower >= ball.lower - ulps).all() and (box.upper <= ball.upper + ulps).all()
 
 
 def test_sabr_with_the_whole_ball_is_ibp() -> None:
