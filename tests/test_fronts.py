@@ -97,6 +97,18 @@ def test_equal_fronts_have_ratio_1_even_where_a_resample_has_no_robustness() -> 
     assert ratio.reached and (ratio.ratio.low, ratio.ratio.value, ratio.ratio.high) == (1, 1, 1)
 
 
+def test_the_mean_is_over_what_is_reached_in_a_resample_as_in_the_rows() -> None:
+    baseline = sweep([0.5, 0.79], [0.4, 0.4])
+    source = np.random.RandomState(1)
+    correct = (
+        source.uniform(size=(2, 3, 400)) < np.array([0.6, 0.82])[:, None, None]
+    )  # 0.79 is barely reached
+    found = compare(Sweep(correct, correct * 0.4), baseline, constant=0.1, resamples=300)
+    (sure, close), mean = found.ratios, found.mean
+    assert sure.reached and close.reached and close.ratio.low == 0, "some resamples do not reach it"
+    assert mean is not None and mean.low > 0.9, "and have a mean all the same"
+
+
 def test_ratios_of_nothing_and_of_everything_have_mean_0() -> None:
     challenger = Sweep(np.ones((1, 2, 4), bool), np.array([[[0.0] * 4, [1.0] * 4]]))
     baseline = Sweep(np.ones((2, 2, 4), bool), np.array([[[1.0] * 4, [0.0] * 4], [[0.0] * 4, [1.0] * 4]]))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import re
+
 import numpy as np
 import pytest
 
+from certbench.leaderboard import records
 from certbench.leaderboard.sentences import markdown
 from certbench.leaderboard.tradeoff import Measured, Terms, tradeoff
 
@@ -72,12 +76,43 @@ def test_the_sentence_is_generated_with_every_figure_it_needs() -> None:
     assert "at baseline accuracy 90.00 %" in text
     assert "geometric mean 1.44 [95% CI" in text
     assert "over the 3 of 3 baseline points that it reaches" in text
+    assert re.search(
+        r"up to 3\.00 \[95% CI \d\.\d\d, \d\.\d\d\] over the points of the baseline's own front;", text
+    )
     assert "up to 1.10 [95% CI" in text and "where the baseline beats a constant classifier" in text
+    more = 0.6 * 0.45 + 0.22 * 0.15 - 0.5 * 0.5 - 0.3 * 0.05
+    each = ", ".join(f"{seed}: {more:+.4f}" for seed in range(3))
+    assert f"Hypervolume less the baseline's, of each seed: {each}; larger on 3 of 3." in text
     assert "|       10 |" in text  # epochs
     assert "9.5e-07" in text and " 0.2 |" in text and "10.00 †" in text and text.count("†") == 3
     assert text == markdown(tradeoff(TERMS, list(reversed(example())), resamples=50)), (
         "whatever the order of rows"
     )
+
+
+def test_a_claim_from_a_bad_point_of_the_baseline_says_so() -> None:
+    points = {"good": (0.6, 0.5), "bad": (0.5, 0.25)}
+    measured = [*runs("ibp", points), *runs("new", {"a": (0.7, 0.45), "b": (0.5, 0.45)})]
+    text = markdown(tradeoff(TERMS, measured, resamples=20))
+    assert "at baseline accuracy 50.00 %, a point that another of the baseline's dominates," in text
+    assert re.search(
+        r"up to 0\.90 \[95% CI \d\.\d\d, \d\.\d\d\] over the points of the baseline's own front;", text
+    )
+    assert "at baseline accuracy 60.00 % (good) the ratio is 0.90" in text
+    assert (
+        "at baseline accuracy 50.00 % (bad), a point that another of the baseline's dominates, the ratio is"
+        in text
+    )
+
+
+def test_every_seed_of_every_point_is_a_line_of_the_csv() -> None:
+    found = [tradeoff(TERMS, example(seeds), resamples=20) for seeds in ((0, 1, 2), (3,))]
+    lines = list(csv.DictReader(records.tradeoffs(found).splitlines()))
+    assert len(lines) == 6 * (3 + 1)
+    assert [line["seed"] for line in lines if line["setting"] == "new +kappa=0"] == ["0", "1", "2", "3"]
+    (line,) = (one for one in lines if one["setting"] == "ibp bad" and one["seed"] == "3")
+    assert (float(line["clean_accuracy"]), float(line["acr_of_cap"])) == pytest.approx((0.5, 0.41))
+    assert (line["certbench_tradeoff"], line["mean_on_front"], line["verifier"]) == ("2", "False", "ibp")
 
 
 def test_seeds_that_are_not_shared_are_left_out_of_a_claim() -> None:

@@ -84,6 +84,27 @@ def test_training_learns_and_the_same_seed_gives_the_same_bits(digits: Dataset, 
     assert (predictions == digits.test.labels).float().mean() > 0.9
 
 
+class Figures(CrossEntropy):
+    """Shows the number of its step, as what was measured on the batch and as what a schedule has reached."""
+
+    def loss(self, images: Tensor, labels: Tensor, step: Step) -> tuple[Tensor, dict[str, Tensor | float]]:
+        loss, _ = super().loss(images, labels, step)
+        shown: dict[str, Tensor | float] = {"measured": torch.tensor(step.batch), "scheduled": step.batch}
+        return loss, shown if step.batch % step.batches_per_epoch else {}
+
+
+def test_measured_figures_of_an_epoch_are_means_over_the_steps_that_have_them(
+    digits: Dataset, tmp_path: Path
+) -> None:
+    fit(made := task(digits, tmp_path, epochs=2), Figures())
+    saved = load_latest(made.folder)
+    steps = -(-len(digits.train) // 128)
+    assert saved is not None and steps > 3
+    first, second = saved.history
+    assert first["measured"] == (1 + steps - 1) / 2 and first["scheduled"] == steps - 1
+    assert second["measured"] == (steps + 1 + 2 * steps - 1) / 2 and second["scheduled"] == 2 * steps - 1
+
+
 class Interrupt(SilentReporter):
     """Stands for Ctrl-C in the middle of an epoch."""
 

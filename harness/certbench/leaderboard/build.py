@@ -77,6 +77,7 @@ def build(folder: Path, page: bool = True) -> Built:
     fronts = tradeoffs(found, ResultStore(folder / "results"))
     if fronts:
         files["tradeoff.md"] = sentences.page(fronts)
+        files["tradeoff.csv"] = records.tradeoffs(fronts)
     others = [name for name in ("tradeoff", "reproduction") if f"{name}.md" in files]
     files["index.md"] = tables.index(found, others)
     if notes.methods:

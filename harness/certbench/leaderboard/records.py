@@ -1,4 +1,4 @@
-"""Boards as flat records in full precision, for programs: JSON of ``leaderboard show``, and CSV."""
+"""Boards and trade-offs as flat records in full precision, for programs: JSON of ``leaderboard show``, and CSV."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from certbench.leaderboard.escape import csv_cell
 from certbench.leaderboard.figures import Figure
 from certbench.leaderboard.row import Row
 from certbench.leaderboard.tables import metric_name
+from certbench.leaderboard.tradeoff import Tradeoff
 
-CSV_MARKERS = ("certbench_board,", "certbench_state,")
+CSV_MARKERS = ("certbench_board,", "certbench_state,", "certbench_tradeoff,")
 """How every derived CSV file begins."""
 
 
@@ -155,6 +156,34 @@ def _cell(cell: Cell) -> dict[str, Any]:
         "run_ids": " ".join(cell.row.run_ids) if cell.row else None,
         "because": cell.because or None,
     }
+
+
+def tradeoffs(found: Sequence[Tradeoff]) -> str:
+    """The points of every trade-off as CSV, one line for each seed."""
+    return _csv([
+        {
+            "certbench_tradeoff": number,
+            "dataset": one.terms.dataset,
+            "norm": one.terms.norm,
+            "model": one.terms.model,
+            "cap": one.terms.cap,
+            "verifier": one.terms.verifier,
+            "guarantee": one.terms.guarantee,
+            "tolerance": one.terms.tolerance,
+            "decided_at": one.terms.decided_at,
+            "method": front.method,
+            "setting": point.setting,
+            "epochs": " ".join(map(str, point.epochs)),
+            "seed": seed,
+            "clean_accuracy": accuracy,
+            "acr_of_cap": robustness,
+            "mean_on_front": point.on_front,
+        }
+        for number, one in enumerate(found, 1)
+        for front in one.fronts
+        for point in front.points
+        for seed, (accuracy, robustness) in point.of_seeds.items()
+    ])  # fmt: skip
 
 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:

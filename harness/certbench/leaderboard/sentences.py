@@ -10,7 +10,7 @@ from certbench.leaderboard import escape
 from certbench.leaderboard.tables import MARKER
 from certbench.leaderboard.tradeoff import BASELINE, Claim, Front, Point, Terms, Tradeoff
 from certbench.recipe import VERDICT_ONLY
-from certbench.stats.fronts import Estimate
+from certbench.stats.fronts import Estimate, Ratio
 
 Escape = Callable[[str], str]
 """Makes the name of a method or setting inert for the place that it is shown in."""
@@ -109,7 +109,10 @@ def claim(of: Claim, inert: Escape) -> tuple[str, list[str]]:
     reached = sum(ratio.reached for ratio in comparison.ratios)
     words = [
         f"{who}, ACR at matched clean accuracy, {_count(len(of.seeds), 'seed')}:",
-        f"up to {_times(comparison.largest)}, at baseline accuracy {100 * at.accuracy:.2f} %;",
+        f"up to {_times(comparison.largest)}, at baseline accuracy {100 * at.accuracy:.2f} %{_dominated(at)};",
+        f"up to {_times(comparison.on_front)} over the points of the baseline's own front;"
+        if comparison.on_front
+        else "",
         f"geometric mean {_times(comparison.mean)} over the {reached} of "
         f"{_count(len(comparison.ratios), 'baseline point')} that it reaches;"
         if comparison.mean
@@ -117,9 +120,10 @@ def claim(of: Claim, inert: Escape) -> tuple[str, list[str]]:
         f"up to {_times(comparison.beyond_constant)} where the baseline beats a constant classifier."
         if comparison.beyond_constant
         else "the baseline beats a constant classifier nowhere.",
+        _areas(of),
     ]
     lines = [
-        f"at baseline accuracy {100 * r.accuracy:.2f} % ({inert(of.settings[r.setting])}) the ratio is "
+        f"at baseline accuracy {100 * r.accuracy:.2f} % ({inert(of.settings[r.setting])}){_dominated(r)} the ratio is "
         f"{_times(r.ratio)}, by the concave hull {r.hull:.2f}"
         if r.reached
         else f"at baseline accuracy {100 * r.accuracy:.2f} % ({inert(of.settings[r.setting])}) it has no "
@@ -129,7 +133,18 @@ def claim(of: Claim, inert: Escape) -> tuple[str, list[str]]:
     if of.left_out:
         names = ", ".join(map(inert, of.left_out))
         lines.append(f"left out, not run with all of seeds {', '.join(map(str, of.seeds))}: {names}")
-    return " ".join(words), lines
+    return " ".join(word for word in words if word), lines
+
+
+def _dominated(ratio: Ratio) -> str:
+    return "" if ratio.on_front else ", a point that another of the baseline's dominates,"
+
+
+def _areas(of: Claim) -> str:
+    """Whether the hypervolume is larger, seed by seed."""
+    larger = sum(area > 0 for area in of.areas.values())
+    listed = ", ".join(f"{seed}: {area:+.4f}" for seed, area in of.areas.items())
+    return f"Hypervolume less the baseline's, of each seed: {listed}; larger on {larger} of {len(of.areas)}."
 
 
 def no_claim(method: str, inert: Escape) -> str:
@@ -163,5 +178,5 @@ def notes(terms: Terms) -> list[str]:
         "Ratios: the best ACR among a method's points at least as accurate as the baseline's point (staircase rule), over "
         "the baseline's, over the seeds that are named; 0 where there is none so accurate; the baseline is never interpolated. "
         "Intervals: paired bootstrap over test images nested in seeds (one seed fewer than there are, as in the boards), 1,000 "
-        "resamples, the maximum and the mean inside.",
+        "resamples, the maximum and the mean inside, the mean over what is reached in the resample.",
     ]

@@ -66,7 +66,7 @@ class Terms:
 
 @dataclass(frozen=True)
 class Point:
-    """The mean of one setting over its seeds, as shares of 1."""
+    """The mean of one setting over its seeds, as shares of 1; ``of_seeds`` holds (accuracy, robustness) of each seed."""
 
     setting: str
     epochs: tuple[int, ...]
@@ -75,6 +75,7 @@ class Point:
     robustness: float
     on_front: bool
     beyond_constant: bool
+    of_seeds: dict[int, tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,15 @@ class Front:
 @dataclass(frozen=True)
 class Claim:
     """A method held against the baseline's points, over seeds that all ``settings`` of the baseline and all of the
-    challenger's have but those ``left_out``."""
+    challenger's have but those ``left_out``; ``areas`` is by how much its hypervolume exceeds the baseline's on each seed.
+    """
 
     challenger: str
     baseline: str
     settings: tuple[str, ...]
     seeds: tuple[int, ...]
     comparison: Comparison
+    areas: dict[int, float]
     left_out: tuple[str, ...] = ()
 
 
@@ -147,22 +150,30 @@ def _front(method: str, settings: dict[str, dict[int, Measured]], terms: Terms) 
             robustness=float(means[k, 1]),
             on_front=bool(on_front[k]),
             beyond_constant=bool(means[k, 1] > terms.majority),
+            of_seeds={seed: _pair([run], terms) for seed, run in sorted(settings[names[k]].items())},
         )
         for k in order
     )
-    reference = (terms.majority, 0.0)
     seeds, (kept,) = _shared_seeds([settings])
-    of_seeds = {
-        seed: hypervolume(np.array([_mean([runs[seed]], terms) for runs in kept.values()]), reference)
-        for seed in seeds
-    }
-    return Front(method, points, hypervolume(means, reference), of_seeds)
+    of_seeds = {seed: _area(kept, seed, terms) for seed in seeds}
+    return Front(method, points, hypervolume(means, (terms.majority, 0.0)), of_seeds)
+
+
+def _area(settings: Settings, seed: int, terms: Terms) -> float:
+    """The hypervolume of one seed."""
+    points = np.array([_mean([runs[seed]], terms) for runs in settings.values()])
+    return hypervolume(points, (terms.majority, 0.0))
 
 
 def _mean(runs: Sequence[Measured], terms: Terms) -> Floats:
     """(accuracy, ACR / cap) over seeds and images."""
     correct, radius = np.array([run.correct for run in runs]), np.array([run.radius for run in runs])
     return np.asarray(Sweep(correct[None], radius[None] / terms.cap).points()[0])
+
+
+def _pair(runs: Sequence[Measured], terms: Terms) -> tuple[float, float]:
+    accuracy, robustness = map(float, _mean(runs, terms))
+    return accuracy, robustness
 
 
 def _shared_seeds(sweeps: Sequence[Settings]) -> tuple[list[int], list[Settings]]:
@@ -196,9 +207,10 @@ def _claim(
     if not seeds:
         return None
     compared = compare(_sweep(ours, seeds, terms), _sweep(theirs, seeds, terms), terms.majority, resamples)
+    areas = {seed: _area(ours, seed, terms) - _area(theirs, seed, terms) for seed in seeds}
     left_out = [name for name in challenger if name not in ours]
     left_out += [name for name in baseline if name not in theirs]
-    return Claim(method, BASELINE, tuple(theirs), tuple(seeds), compared, tuple(left_out))
+    return Claim(method, BASELINE, tuple(theirs), tuple(seeds), compared, areas, tuple(left_out))
 
 
 def _sweep(settings: Settings, seeds: Sequence[int], terms: Terms) -> Sweep:

@@ -76,7 +76,8 @@ class Ratio:
     """A challenger's robustness over a baseline's, at the accuracy of one of the baseline's points.
 
     ``ratio`` is by the staircase rule, 0 where the challenger has no point that accurate (``reached`` is false);
-    ``hull`` by the concave hull. ``beyond_constant``: the baseline is more robust there than a constant classifier.
+    ``hull`` by the concave hull. ``on_front``: no other of the baseline's points dominates this one. ``beyond_constant``: the
+    baseline is more robust there than a constant classifier.
     """
 
     setting: int
@@ -85,6 +86,7 @@ class Ratio:
     ratio: Estimate
     hull: float
     reached: bool
+    on_front: bool
     beyond_constant: bool
 
 
@@ -92,12 +94,14 @@ class Ratio:
 class Comparison:
     """Ratios at every baseline point that has any robustness, and what they add up to; None where no point qualifies.
 
-    ``largest`` is over all of them, ``beyond_constant`` over those where the baseline is more robust than a constant
-    classifier, ``mean`` the geometric mean over those that the challenger reaches.
+    ``largest`` is over all of them, ``on_front`` over those on the baseline's own front, ``beyond_constant`` over those where
+    the baseline is more robust than a constant classifier, ``mean`` the geometric mean over those that the challenger
+    reaches, in a resample over those that it reaches there.
     """
 
     ratios: tuple[Ratio, ...]
     largest: Estimate | None
+    on_front: Estimate | None
     beyond_constant: Estimate | None
     mean: Estimate | None
 
@@ -149,57 +153,66 @@ def compare(challenger: Sweep, baseline: Sweep, constant: float, resamples: int 
         _ratios(challenger.resampled(images, seeds), baseline.resampled(images, seeds))[:, kept]
         for images, seeds in _resamples(baseline.correct.shape[1:], resamples)
     ])  # fmt: skip
-    beyond, reached = ours[kept, 1] > constant, theirs[:, 0].max() >= ours[kept, 0]
+    reached, on_front, beyond = ~np.isnan(observed[0]), nondominated(ours)[kept], ours[kept, 1] > constant
     ratios = tuple(
         Ratio(
             setting=int(j),
             accuracy=float(ours[j, 0]),
             robustness=float(ours[j, 1]),
-            ratio=_estimate(observed[:, k], drawn[:, k]),
+            ratio=_largest(observed[:, [k]], drawn[:, [k]]),
             hull=hull(theirs, float(ours[j, 0])) / float(ours[j, 1]),
             reached=bool(reached[k]),
+            on_front=bool(on_front[k]),
             beyond_constant=bool(beyond[k]),
         )
         for k, j in enumerate(kept)
     )
     return Comparison(
         ratios,
-        largest=_estimate(observed.max(1), drawn.max(1)) if len(kept) else None,
-        beyond_constant=_estimate(observed[:, beyond].max(1), drawn[:, beyond].max(1))
-        if beyond.any()
-        else None,
-        mean=_estimate(_mean(observed[:, reached]), _mean(drawn[:, reached])) if reached.any() else None,
+        largest=_largest(observed, drawn) if len(kept) else None,
+        on_front=_largest(observed[:, on_front], drawn[:, on_front]) if on_front.any() else None,
+        beyond_constant=_largest(observed[:, beyond], drawn[:, beyond]) if beyond.any() else None,
+        mean=_estimate(_mean(observed), _mean(drawn)) if reached.any() else None,
     )
 
 
 def _ratios(challenger: Floats, baseline: Floats) -> Floats:
-    """Staircase values over the baseline's, (resamples, baseline settings); 0 where no point is accurate enough.
+    """Staircase values over the baseline's, (resamples, baseline settings); NaN where no point is accurate enough.
 
     Equal ones have ratio 1, also where both are 0, as may happen in a resample.
     """
     reached = challenger[:, :, None, 0] >= baseline[:, None, :, 0]
     best = np.where(reached, challenger[:, :, None, 1], 0.0).max(1)
-    both_none = reached.any(1) & (best == 0) & (baseline[..., 1] == 0)
+    both_none = (best == 0) & (baseline[..., 1] == 0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.asarray(
-            np.where(both_none, 1.0, np.nan_to_num(best / baseline[..., 1], nan=0.0, posinf=np.inf))
-        )
+        ratios = np.where(both_none, 1.0, best / baseline[..., 1])
+    return np.asarray(np.where(reached.any(1), ratios, np.nan))
+
+
+def _largest(observed: Floats, drawn: Floats) -> Estimate:
+    """The largest ratio of each line, one that is not reached counting 0."""
+    return _estimate(*(np.where(np.isnan(ratios), 0.0, ratios).max(1) for ratios in (observed, drawn)))
 
 
 def _mean(ratios: Floats) -> Floats:
-    """The geometric mean of each line; 0 where one ratio is 0, whatever the others.
+    """The geometric mean of what is reached in each line, NaN where nothing is; 0 where one ratio is 0, whatever the others.
 
     Rounded to where no two mathematical libraries differ.
     """
+    reached = ~np.isnan(ratios)
     with np.errstate(divide="ignore", invalid="ignore"):
-        means = np.exp(np.log(ratios).mean(1)).round(12)
+        logarithms = np.log(np.where(reached & (ratios > 0), ratios, 1.0)).sum(1)
+        means = np.exp(logarithms / reached.sum(1)).round(12)
     return np.asarray(np.where((ratios == 0).any(1), 0.0, means))
 
 
 def _estimate(observed: Floats, drawn: Floats) -> Estimate:
-    low, high = np.quantile(
-        drawn, [0.025, 0.975], method="inverted_cdf"
-    )  # no interpolation: some are infinite
+    """With the middle 95 % of the resamples that have a value; nothing is known where none has one."""
+    drawn = drawn[~np.isnan(drawn)]
+    if not len(drawn):
+        return Estimate(float(observed[0]), 0.0, float("inf"))
+    levels = [0.025, 0.975]
+    low, high = np.quantile(drawn, levels, method="inverted_cdf")  # no interpolation: some are infinite
     return Estimate(float(observed[0]), float(low), float(high))
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -40,7 +41,11 @@ class Objective(Protocol):
         """Called once before the first step and again on resume, before the saved weights are loaded."""
 
     def loss(self, images: Tensor, labels: Tensor, step: Step) -> tuple[Tensor, Mapping[str, Tensor | float]]:
-        """The loss of a batch (raw pixels (batch, channels, height, width); labels (batch,)) and figures to show."""
+        """The loss of a batch (raw pixels (batch, channels, height, width); labels (batch,)) and figures to show.
+
+        A figure that is a tensor was measured on the batch and is averaged over an epoch's steps; a float is what a
+        schedule has reached.
+        """
 
 
 @runtime_checkable
@@ -92,6 +97,23 @@ def fit(task: TrainTask, objective: Objective, chunks: int = 1) -> nn.Module:
 
 
 @dataclass
+class _Means:
+    """Means of figures over the steps that have them; the sums stay on the device."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def add(self, figures: Mapping[str, Tensor | float]) -> None:
+        for key, value in figures.items():
+            if isinstance(value, Tensor):
+                self.sums[key] = self.sums[key] + value if key in self.sums else value.double()
+                self.counts[key] += 1
+
+    def of(self, key: str, last: Tensor | float) -> float:
+        return float(self.sums[key]) / self.counts[key] if key in self.sums else float(last)
+
+
+@dataclass
 class _Loop:
     task: TrainTask
     objective: Objective
@@ -115,21 +137,21 @@ class _Loop:
     def run_epoch(self, epoch: int) -> None:
         self.network.train()
         began = last_look = time.perf_counter()
-        total = torch.zeros((), device=self.task.device)
+        means, figures = _Means(), dict[str, Tensor | float]()
         first_bad = torch.full((), -1, dtype=torch.long, device=self.task.device)
-        length, taken = len(self.batches) * self.chunks, 0
+        length = len(self.batches) * self.chunks
         for number, (images, labels) in enumerate(self._chunks_of(epoch)):
             step = Step((epoch - 1) * length + number, epoch, length)
-            loss, figures = self._update(images, labels, step, first_bad)
-            total += loss.detach()
-            taken += 1
+            loss, latest = self._update(images, labels, step, first_bad)
+            figures = {"loss": loss.detach(), **latest}
+            means.add(figures)
             if time.perf_counter() - last_look > REPORT_EVERY:
                 self._stop_if_bad(first_bad, epoch)
                 shown = {key: float(value) for key, value in figures.items()}
-                self.task.reporter.advance(step.batch + 1, epoch=epoch, loss=float(loss.detach()), **shown)
+                self.task.reporter.advance(step.batch + 1, epoch=epoch, **shown)
                 last_look = time.perf_counter()
         self._stop_if_bad(first_bad, epoch)
-        summary = {"loss": float(total) / taken, **{key: float(value) for key, value in figures.items()}}
+        summary = {key: means.of(key, value) for key, value in figures.items()}
         self.history.append(summary)
         self.checkpoint = save_checkpoint(self.task.folder, epoch, self.network, self.optimizer, self.history)
         self.task.reporter.advance(epoch * length, epoch=epoch, **summary)

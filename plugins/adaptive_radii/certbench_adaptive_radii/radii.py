@@ -34,7 +34,7 @@ class Radii:
             "wrong": 1 - self.correct.float().mean(),
             "interior": self.interior.float().mean(),
             "capped": self.capped.float().mean(),
-            "passes": self.passes,
+            "passes": torch.tensor(self.passes),  # differs between batches: to be averaged
         }
 
 
