@@ -133,6 +133,22 @@ def test_radii_equal_the_oracle(digits: Digits) -> None:
     np.testing.assert_array_equal(found.prediction, expected["logits"].argmax(1))
 
 
+def test_acr_lies_between_the_sums_of_certified_accuracy_over_a_grid(digits: Digits) -> None:
+    """The layer-cake identity, ACR = integral of CA(e) de up to the cap, with CA decided radius by radius."""
+    cap = float(digits.arrays["eps_max"])
+    acr = certificates("ibp", digits.task()).radius.mean()
+    right = digits.graph.run(digits.x).logits.argmax(1) == digits.y
+    grid = np.linspace(0, cap, 33)[1:]
+    proved = [
+        (digits.graph.bound(input_box(digits.x, float(eps))).margins(digits.y).amin(1) > 0) & right
+        for eps in grid
+    ]
+    certified = np.array([float(right.double().mean()), *(float(p.double().mean()) for p in proved)])
+    step, tolerance = cap / 32, 2.0**-20 * cap
+    assert step * certified[1:].sum() - tolerance <= acr <= step * certified[:-1].sum()
+    assert certified[0] > certified[-1], "the bracket is not empty"
+
+
 def test_every_radius_was_itself_proved(digits: Digits) -> None:
     for name in ("ibp", "crown", "ibp>crown-ibp>alpha-crown"):
         found = certificates(name, digits.task(count=12))

@@ -115,10 +115,24 @@ def test_bad_values_are_refused_before_any_training(
 ) -> None:
     code = call("run", DIGITS, "--out", str(tmp_path / "out"), *QUICK, "--set", override)
     error = capsys.readouterr().err
-    assert code in (2, 3)
+    assert code == 2
     assert all(word in error for word in words), error
     assert "epoch 1/1" not in error
     assert "Traceback" not in error
+
+
+@FAST_IBP
+@pytest.mark.parametrize(("key", "name"), [("dataset", "nosuch"), ("model", "cnn-smal")])
+def test_a_wrong_name_in_the_last_recipe_is_refused_before_the_first_run(
+    key: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = {"dataset": "digits", "model": "cnn-small"} | {key: name}
+    lines = [*(f'{k} = "{v}"' for k, v in content.items()), "[method]", 'name = "fast-ibp"']
+    (tmp_path / "last.toml").write_text("\n".join([*lines, "[threat]", 'radius = "0.1"']), encoding="utf-8")
+    code = call("run", DIGITS, str(tmp_path / "last.toml"), "--out", str(tmp_path / "out"), *QUICK)
+    error = capsys.readouterr().err
+    assert code == 2 and f"{name!r}" in error and "last" in error
+    assert not (tmp_path / "out").exists()
 
 
 @FAST_IBP

@@ -14,6 +14,7 @@ from certbench.cli.progress import reporter
 from certbench.errors import CertbenchError, FoundError, UsageError
 
 if TYPE_CHECKING:
+    from certbench.plugins import Plugins
     from certbench.recipe import Recipe
     from certbench.stages.record import RunOutcome
 
@@ -95,8 +96,27 @@ def run_all(
         for member in members:
             recipe = plugins.find_recipe(member.recipe, [*member.overrides, *overrides])
             jobs += [recipe.with_seed(s) for s in seeds] if seeds is not None else [recipe]
+    for recipe in jobs:
+        _check_names(recipe, plugins)
     done = [_run_one(recipe, chosen, device, data, out) for recipe in jobs]
     finish(done, [f"{recipe.name} (seed {recipe.seed})" for recipe in jobs], out)
+
+
+def _check_names(recipe: Recipe, plugins: Plugins) -> None:
+    """What a recipe names must be there, which should not come to light after hours of other runs.
+
+    Raises:
+        UsageError: unknown data set, model or certifier.
+    """
+    from certbench.models.registry import find_builder
+    from certbench.stages.certify import choose_certifier
+
+    try:
+        plugins.dataset(recipe.dataset)
+        find_builder(recipe.model, plugins.models())
+        choose_certifier(recipe, plugins.owner(recipe.method.name), plugins)
+    except UsageError as error:
+        raise UsageError(f"{recipe.name}: {error}") from None
 
 
 def finish(outcomes: Sequence[RunOutcome | None], names: Sequence[str], out: str) -> None:

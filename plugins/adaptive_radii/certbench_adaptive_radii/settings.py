@@ -17,7 +17,7 @@ class AdaptiveRadiiSettings(WarmUpSettings):
 
     ramp_start: int = Field(default=2, ge=1)
     kappa: float = Field(default=0.0, ge=0, le=1)
-    """Weight of the clean loss; 1 is standard training."""
+    """Weight of the clean loss; at 1 only it and the regularisers count."""
     l1: float = Field(default=0.0, ge=0)
     """Weight of the sum of the absolute weights of convolutions and linear layers."""
     radius_tolerance: float = Field(default=1e-4, gt=0, lt=1)
@@ -29,7 +29,7 @@ class AdaptiveRadiiSettings(WarmUpSettings):
     """``none``: the budget for every correct image, 0 for the others."""
     misclassified: Literal["clean", "dropped"] = "clean"
     """Whether a misclassified image's robust term is its cross entropy, or left out."""
-    multiplier: float = Field(default=1.0, gt=0)
+    multiplier: float = Field(default=1.0, gt=0, le=1000)
     """Of the radii, which stay at most at the budget."""
     radius_gradient: Literal["stopped", "implicit"] = "stopped"
     """``implicit``: gradients flow through an interior radius, dr = -dm / (dm/de)."""

@@ -23,7 +23,7 @@ class VanillaSettings(WarmUpSettings):
 
 class IBPSettings(VanillaSettings):
     kappa: float = Field(default=0.0, ge=0, le=1)
-    """Weight of the clean loss; 1 is standard training."""
+    """Weight of the clean loss; at 1 only it and the regularisers count."""
 
 
 class AttackSettings(WarmUpSettings):
