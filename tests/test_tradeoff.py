@@ -94,13 +94,13 @@ def test_a_claim_from_a_bad_point_of_the_baseline_says_so() -> None:
     points = {"good": (0.6, 0.5), "bad": (0.5, 0.25)}
     measured = [*runs("ibp", points), *runs("new", {"a": (0.7, 0.45), "b": (0.5, 0.45)})]
     text = markdown(tradeoff(TERMS, measured, resamples=20))
-    assert "at baseline accuracy 50.00 %, a point that another of the baseline's dominates," in text
+    assert "at baseline accuracy 50.00 % (a point that another of the baseline's dominates);" in text
     assert re.search(
         r"up to 0\.90 \[95% CI \d\.\d\d, \d\.\d\d\] over the points of the baseline's own front;", text
     )
     assert "at baseline accuracy 60.00 % (good) the ratio is 0.90" in text
     assert (
-        "at baseline accuracy 50.00 % (bad), a point that another of the baseline's dominates, the ratio is"
+        "at baseline accuracy 50.00 % (bad) (a point that another of the baseline's dominates) the ratio is"
         in text
     )
 

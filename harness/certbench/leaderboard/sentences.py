@@ -137,7 +137,7 @@ def claim(of: Claim, inert: Escape) -> tuple[str, list[str]]:
 
 
 def _dominated(ratio: Ratio) -> str:
-    return "" if ratio.on_front else ", a point that another of the baseline's dominates,"
+    return "" if ratio.on_front else " (a point that another of the baseline's dominates)"
 
 
 def _areas(of: Claim) -> str:
