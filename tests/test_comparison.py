@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import re
 import tomllib
 from pathlib import Path
@@ -12,19 +13,22 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from stores import SETTINGS, C, M, U, add, refute, smoothed
+from stores import SETTINGS, C, M, U, add, refute, smoothed, time
 
 from certbench.errors import DataError
 from certbench.leaderboard import records, sentences, tables
-from certbench.leaderboard.board import Board, boards
+from certbench.leaderboard.board import RADII, Board, boards
 from certbench.leaderboard.columns import rank
 from certbench.leaderboard.comparison import Cell, reproduction
+from certbench.leaderboard.foot import foot
 from certbench.leaderboard.page.charts import charts
-from certbench.leaderboard.published import Notes, PublishedFile
+from certbench.leaderboard.published import Notes, PublishedFile, refreshed
 from certbench.leaderboard.tradeoff import tradeoffs
+from certbench.plugins import installed
 from certbench.results.files import encode
 from certbench.results.schema import CERTIFICATES
 from certbench.results.store import ResultStore
+from certbench.stats.smoothing import anytime_radius
 from certbench.suites import load_suite
 
 
@@ -90,14 +94,19 @@ def test_a_row_that_is_alone_on_its_board_has_no_rank(tmp_path: Path) -> None:
 
 def by_lipschitz(folder: Path, run: str, **changes: Any) -> None:
     """Give a smoothed run's certificates to a plugin's certifier, with changed columns."""
+    made_by(folder, run, "lipschitz", **changes)
+
+
+def made_by(folder: Path, run: str, certifier: str, **changes: Any) -> None:
+    """Give a smoothed run's certificates to another certifier, with changed columns."""
     store = ResultStore(folder / "results")
     table = store.certificates(run * 16, "smoothing", SETTINGS)
     columns = {name: table.column(name).to_pylist() for name in table.column_names}
     (path,) = [path for path in store.paths("certificates") if path.name.startswith(run * 16)]
     path.unlink()
-    for name, value in (changes | {"certifier": "lipschitz"}).items():
+    for name, value in (changes | {"certifier": certifier}).items():
         columns[name] = value if isinstance(value, list) else [value] * table.num_rows
-    store.write_certificates(run * 16, "lipschitz", SETTINGS, columns)
+    store.write_certificates(run * 16, certifier, SETTINGS, columns)
 
 
 def test_a_board_of_norm_l2_is_one_whatever_guarantee_its_rows_have(tmp_path: Path) -> None:
@@ -124,6 +133,53 @@ def test_statistical_certificates_that_count_no_draws_are_not_recorded(tmp_path:
     smoothed(tmp_path, "a", [1000] * 4, protocol="l2-lipschitz-1")
     with pytest.raises(DataError, match="lacks n, k, and a statistical certificate is judged by its draws"):
         by_lipschitz(tmp_path, "a", n=None, k=None)
+
+
+def test_every_radius_of_recipes_and_published_figures_is_a_column() -> None:
+    plugins = installed()
+    recipes = [plugins.find_recipe(name) for name in plugins.recipes()]
+    asked = {float(r) for recipe in recipes if recipe.threat.norm == "l2" for r in recipe.smoothing.radii}
+    figures = [figure for _, figure in refreshed(Notes(), plugins).figures() if figure.norm == "l2"]
+    asked |= {float(figure.at) for figure in figures if figure.at is not None}
+    assert asked <= {*map(float, RADII)}
+    assert list(RADII) == [f"{radius:g}" for radius in sorted(map(float, RADII))]
+
+
+@pytest.mark.parametrize(
+    ("asked", "last"),
+    [
+        ({"radii": ["1/4", "3/4", "1"], "n": 10_000}, "1"),
+        ({"radii": ["1/2", "9"], "n": 10_000}, "0.5"),  # no n of 10,000 draws proves 9
+        ({"n": 10_000}, "1.5"),  # the default radii, as far as n draws go
+        ({"radii": ["7/4"], "n": 100_000}, None),  # no image has come so far
+        ({"radii": ["9"], "n": 10_000}, None),
+        ({"radii": ["1"], "n": 10_000, "goal": "budget"}, None),
+    ],
+)
+def test_an_acr_that_is_cut_where_draws_stop_is_called_so(
+    tmp_path: Path, asked: dict[str, Any], last: str | None
+) -> None:
+    hits = [10_000, 9000, 8000, 300]
+    smoothed(tmp_path, "a", hits, n=10_000, recipe=asking(smoothing=asked), protocol="l2-sequential-1")
+    radius = [float(anytime_radius(k, 10_000, 0.001, 0.5)) * (1 - 1e-9) for k in hits]
+    made_by(tmp_path, "a", "smoothing-sequential", radius=radius, proved_by=["e-value"] * 3 + [""])
+    found = [line for line in foot(only(tmp_path)) if "are cut there" in line]
+    wanted = (
+        f"no radius exceeds {math.ceil(1000 * radius[0]) / 1000:g} where that is {last}: ACR, and differences"
+    )
+    assert [wanted in line for line in found] == ([True] if last else [])
+
+
+def test_an_acr_of_all_draws_is_not_cut(tmp_path: Path) -> None:
+    smoothed(tmp_path, "a", [1000] * 4, recipe=asking(smoothing={"radii": ["1/4"]}))
+    assert "are cut there" not in tables.markdown(only(tmp_path))
+
+
+def test_boards_say_what_their_seconds_are(tmp_path: Path) -> None:
+    add(tmp_path, "a", [C, U])
+    assert "under its load" not in tables.markdown(only(tmp_path))
+    time(tmp_path, "a", "train", 3.0)
+    assert "under its load at that time" in tables.markdown(only(tmp_path))
 
 
 # Reproductions ---------------------------------------------------------------------------------------------------------

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
+
+import numpy as np
 
 from certbench.leaderboard.board import Board
 from certbench.leaderboard.columns import several_steps
 from certbench.leaderboard.row import Audited, Row
-from certbench.recipe import VERDICT_ONLY
+from certbench.recipe import SEQUENTIAL, VERDICT_ONLY, Smoothing
 from certbench.stats.binomial import quantile
 from certbench.stats.ranks import LEVEL
-from certbench.stats.smoothing import VOID_LEVEL
+from certbench.stats.smoothing import VOID_LEVEL, anytime_radius
 from certbench.threat import format_radius
 
 GUARANTEES = {
@@ -36,6 +42,7 @@ def foot(board: Board) -> list[str]:
         *_ranks(board),
         *_audits(rows),
         *_counts(board),
+        *_seconds(rows),
         DERIVED,
     ]
 
@@ -81,12 +88,56 @@ def _meaning(board: Board) -> Iterable[str]:
             "n are not compared. alpha of all: the probability that any certificate of a run is wrong is at most that. "
             "mean draws: all draws of an image."
         )
+        yield from _cut(board.all_rows)
         return
     yield (
         "clean and certified: mean over seeds ± sample standard deviation, percent of images. ACR: mean certified "
         "radius over all images, up to the cap, misclassified ones counting 0; incomplete where a radius is unknown."
         + (" proved by: the shares of certified that each step proved." if several_steps(board) else "")
     )
+
+
+def _cut(rows: Iterable[Row]) -> Iterable[str]:
+    """Where draws end once the radii that were asked for are decided, more draws would have proved larger ones."""
+    found: dict[Fraction, float] = defaultdict(float)
+    for row in rows:
+        most = max(float(np.nanmax(entry.metrics.each.radius, initial=0.0)) for entry in row.entries)
+        last = _last_decided(row)
+        if last is not None and most >= last:  # else no image's draws ended for having proved them all
+            found[last] = max(found[last], most)
+    if found:
+        ends = (  # rounded up, so that the sentence holds
+            f"{math.ceil(1000 * most) / 1000:g} where that is {float(last):g}"
+            for last, most in sorted(found.items())
+        )
+        yield (
+            "Draws of an image stop once the largest radius asked for that n draws can prove is decided, so no radius "
+            f"exceeds {', '.join(ends)}: ACR, and differences of ACR, are cut there."
+        )
+
+
+def _last_decided(row: Row) -> Fraction | None:
+    """The largest radius that draws go on for; None where something else ends them."""
+    asked = (json.loads(row.run["recipe"]).get("certify") or {}).get("smoothing") or {}
+    defaults = Smoothing()
+    if (
+        row.sampling is None
+        or not row.certifier.startswith(SEQUENTIAL)
+        or asked.get("goal", "radii") != "radii"
+    ):
+        return None
+    n = asked.get("n", defaults.n)
+    provable = float(anytime_radius(n, n, row.sampling.alpha, row.sampling.sigma))
+    radii = map(Fraction, asked.get("radii", defaults.radii))
+    return max((radius for radius in radii if 0 < radius <= provable), default=None)
+
+
+def _seconds(rows: Sequence[Row]) -> Iterable[str]:
+    if any(row.train_seconds is not None or row.certify_seconds is not None for row in rows):
+        yield (
+            "train s and certify s: one run for each seed, on one machine under its load at that time; only ratios of cost under "
+            "`benchmarks/` are measurements."
+        )
 
 
 def _ranks(board: Board) -> Iterable[str]:
