@@ -264,6 +264,28 @@ def test_only_what_the_recipe_asks_for_reproduces(
     assert ("1 beside" in tables.reproduction(cells)) == bool(because)
 
 
+def test_a_figure_of_other_settings_is_reproduced_by_no_row(tmp_path: Path) -> None:
+    """Of one table, so that the figures of both kinds must stand apart under the row."""
+    add(tmp_path, "a", VERDICTS)
+    other = {"differences": "4 noises for each image", "other_settings": True}
+    notes = notes_of(other, {"metric": "clean_error", "value": 12.0, "differences": "mean of 5 runs"})
+    board = only(tmp_path, notes)
+    cells = cells_of(board, notes)
+    assert [(cell.state, cell.because) for cell in cells] == [
+        ("not run", ""),
+        ("beside", "4 noises for each image"),
+        ("reproduced", ""),
+    ]
+    (row,) = board.rows
+    assert [(each.because, *each.figures) for each in row.published] == [
+        ("", "clean"),
+        ("4 noises for each image", "certified"),
+    ]
+    assert "beside, no reproduction: 4 noises" in tables.markdown(board)
+    with pytest.raises(ValueError, match="other_settings needs differences that say which"):
+        notes_of({"other_settings": True})
+
+
 def test_what_others_submitted_stands_beside(tmp_path: Path) -> None:
     add(tmp_path, "a", VERDICTS)
     add(tmp_path, "b", VERDICTS, seed=1)

@@ -101,18 +101,17 @@ def _labelled(source: str, because: str) -> str:
 
 def beside(row: Row, size: str, notes: Notes) -> tuple[Published, ...]:
     """What is published for a row: by its plugin's data, and by its recipes' ``[reference]`` where that says more."""
-    by_source: dict[str, list[PublishedFigure]] = defaultdict(list)
+    by_source: dict[tuple[str, str], list[PublishedFigure]] = defaultdict(list)
     for source, figure in notes.figures():
         if speaks_of(figure, row, size):
-            by_source[_cited(source, figure)].append(figure)
-    found = [_published(source, row, figures) for source, figures in sorted(by_source.items())]
+            by_source[_cited(source, figure), hindrance(row, figure)].append(figure)
+    found = [_published(source, row, figures, why) for (source, why), figures in sorted(by_source.items())]
     known = [{metric: figure.mean for metric, figure in each.figures.items()} for each in found]
     for reference in _references(row):
         figures = {metric: figure.mean for metric, figure in reference.figures.items()}
         if not any(figures.items() <= other.items() for other in known):
-            found.append(reference)
-    because = hindrance(row)
-    return tuple(replace(each, because=because) for each in found)
+            found.append(replace(reference, because=hindrance(row)))
+    return tuple(found)
 
 
 def speaks_of(figure: PublishedFigure, row: Row, size: str) -> bool:
@@ -139,12 +138,17 @@ def _overrides(recipe: str) -> tuple[str, dict[str, str]]:
     return base, dict(change.partition("=")[::2] for change in changes)
 
 
-def hindrance(row: Row) -> str:
-    """Why a row reproduces nothing, even where a published figure is about its setting; empty where it may.
+def hindrance(row: Row, figure: PublishedFigure | None = None) -> str:
+    """Why a row reproduces nothing, or not ``figure``, which is about its setting; empty where it may.
 
     Only what this harness made itself, by the certifier, guarantee and draws that the row's own recipe asks for, counts:
-    certificates of somebody else, or made again by other means, are shown beside.
+    certificates of somebody else, or made again by other means, are shown beside. So is every row where the figure says
+    that its network was trained with other settings.
     """
+    return _of_row(row) or (figure.differences if figure is not None and figure.other_settings else "")
+
+
+def _of_row(row: Row) -> str:
     if row.submitter is not None:
         return f"submitted by {row.submitter}"
     asked = json.loads(row.run["recipe"]).get("certify") or {}
@@ -176,7 +180,7 @@ def reproduction(rows: Sequence[tuple[str, Row]], notes: Notes) -> list[Cell]:
     for source, figure in notes.figures():
         metric, value = measure_of(figure)
         found = [
-            Cell(source, figure, value, row, compared, hindrance(row))
+            Cell(source, figure, value, row, compared, hindrance(row, figure))
             for size, row in rows
             if row.complete and speaks_of(figure, row, size)
             if (compared := compare(metric, value, row)) is not None
@@ -219,10 +223,10 @@ def _scale(metric: str, published: Figure, measured: Figure, row: Row) -> tuple[
     return "images", 100 * math.sqrt(share * (1 - share) / images)
 
 
-def _published(source: str, row: Row, figures: Iterable[PublishedFigure]) -> Published:
+def _published(source: str, row: Row, figures: Iterable[PublishedFigure], because: str) -> Published:
     found = dict(measure_of(figure) for figure in figures)
     notes = tuple(sorted({figure.differences for figure in figures if figure.differences}))
-    return _side_by_side(source, found, row, notes)
+    return replace(_side_by_side(source, found, row, notes), because=because)
 
 
 def _side_by_side(source: str, figures: Mapping[str, Figure], row: Row, notes: tuple[str, ...]) -> Published:

@@ -220,7 +220,7 @@ def _counts(board: Board) -> Iterable[str]:
     if any(published.because for row in rows for published in row.published):
         yield (
             "beside, no reproduction: only rows of this harness, made by the certifier, guarantee and draws that their "
-            "recipe asks for, count as reproductions."
+            "recipe asks for, count as reproductions, and none of a figure of other settings."
         )
     for note in sorted({note for row in rows for published in row.published for note in published.notes}):
         yield f"Published under another protocol: {note}"

@@ -34,7 +34,8 @@ class PublishedFigure(Strict):
     ``radius`` is the L-inf radius, ``sigma`` the noise of an L2 board, where ``at`` is the radius that
     ``certified_accuracy`` is about. ``model`` is the name of the network here. ``recipe`` or ``epochs`` tells which rows
     the figure speaks of, where a paper has several for one network. ``basis``: read in the text, or computed from
-    published logs. ``differences`` says what the paper did otherwise.
+    published logs. ``differences`` says what the paper did otherwise; where that is in the settings of training, or these
+    are not known, ``other_settings`` is true, and a row beside the figure reproduces nothing.
     """
 
     table: str
@@ -52,6 +53,7 @@ class PublishedFigure(Strict):
     spread: float | None = Field(default=None, ge=0)
     basis: Literal["text", "log"] = "text"
     differences: str = ""
+    other_settings: bool = False
 
     @model_validator(mode="after")
     def _is_one_cell(self) -> PublishedFigure:
@@ -64,6 +66,8 @@ class PublishedFigure(Strict):
             raise ValueError('"at" belongs to certified_accuracy of norm "l2", and to nothing else')
         if self.at is not None and not 0 <= float(self.at) < 1000:
             raise ValueError('"at" is a radius, such as "0.5"')
+        if self.other_settings and not self.differences:
+            raise ValueError("other_settings needs differences that say which")
         if self.metric != "acr" and self.value > 100:
             raise ValueError("errors and accuracies are percent")
         return self

@@ -116,7 +116,7 @@ _READING = (
     "reproduced: within two standard deviations of the published figure; off: farther away, in either direction. The "
     "standard deviation is the published one; where none is published, that of our seeds, or else that of drawing so "
     "many test images. Errors are shown as accuracies. Only rows of this harness count, made by the certifier, guarantee and "
-    "draws that their recipe asks for; others stand beside, with the reason."
+    "draws that their recipe asks for, and none of a figure of other settings; others stand beside, with the reason."
 )
 
 
