@@ -177,7 +177,7 @@ def test_trace_prints_hook_calls(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "call train(task)" in printed and "toy-a:a" in printed
 
 
-def test_method_settings_are_checked_by_the_methods_own_model() -> None:
+def test_method_settings_are_checked_by_the_methods_own_model(tmp_path: Path) -> None:
     found = plugins(a=Toy("first"))
     table = {
         "dataset": "digits",
@@ -189,6 +189,12 @@ def test_method_settings_are_checked_by_the_methods_own_model() -> None:
     assert resolved.method.settings == {"strength": 0.5}, "defaults are part of the resolved recipe"
     with pytest.raises(UsageError, match="unknown key 'method.strenght'; did you mean 'strength'"):
         found.resolve(parse_recipe({**table, "method": {"name": "first", "strenght": 1}}, "r"))
+    path = tmp_path / "r.toml"
+    path.write_text(
+        'dataset = "digits"\nmodel = "cnn-small"\nthreat.radius = "0.1"\ntrain.epochs = 1\nmethod.name = "first"\n'
+    )
+    with pytest.raises(UsageError, match="unknown key 'strength'; did you mean 'method.strength'"):
+        found.find_recipe(str(path), ["strength=1"])
     with pytest.raises(UsageError, match="unknown method 'frist'; did you mean 'first'"):
         found.resolve(parse_recipe({**table, "method": {"name": "frist"}}, "r"))
 

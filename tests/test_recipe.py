@@ -76,6 +76,9 @@ def test_radii_are_shown_as_people_write_them(radius: str, shown: str) -> None:
     [
         ({"modle": "cnn7"}, ["unknown key 'modle'", "did you mean 'model'"]),
         ({"train": {"epochs": 5, "epoch": 3}}, ["unknown key 'train.epoch'", "did you mean 'epochs'"]),
+        ({"epochs": 5}, ["unknown key 'epochs'", "did you mean 'train.epochs'?"]),
+        ({"train": {"epochs": 5, "sigma": 1}}, ["'train.sigma'", "did you mean 'threat.sigma'?"]),
+        ({"radii": ["1"]}, ["unknown key 'radii'", "did you mean 'certify.smoothing.radii'?"]),
         ({"train": {}}, ["'train.epochs' is missing"]),
         ({"train": {"epochs": 0}}, ["train.epochs = 0"]),
         ({"train": {"epochs": 3, "learning_rate": float("nan")}}, ["train.learning_rate"]),

@@ -213,7 +213,8 @@ class Plugins:
 
     def _resolved(self, path: Path, name: str | None, overrides: Sequence[str], where: str) -> Recipe:
         """The recipe with what is changed; one that is what it was before keeps its name and published figures."""
-        found = self.resolve(load_recipe(path, name, overrides), where)
+        settings = {method: owned.card.settings for method, owned in self.methods().items()}
+        found = self.resolve(load_recipe(path, name, overrides, settings), where)
         if overrides:
             try:
                 unchanged = self.resolve(load_recipe(path, name), where)

@@ -420,8 +420,14 @@ def _computed(content: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in content.items() if key not in ("name", "reference")}
 
 
-def load_recipe(path: Path, name: str | None = None, overrides: Iterable[str] = ()) -> Recipe:
-    """Read a TOML recipe and apply ``key=value`` overrides.
+def load_recipe(
+    path: Path,
+    name: str | None = None,
+    overrides: Iterable[str] = (),
+    settings: Mapping[str, type[BaseModel]] | None = None,
+) -> Recipe:
+    """Read a TOML recipe and apply ``key=value`` overrides. ``settings`` are the methods' models by name, for errors to
+    tell where a key belongs.
 
     Raises:
         UsageError: unreadable file, broken TOML, unknown key or bad value; names file, key, value and nearest key.
@@ -434,11 +440,15 @@ def load_recipe(path: Path, name: str | None = None, overrides: Iterable[str] = 
         raise UsageError(f"{path} is not valid TOML: {error}") from None
     except RecursionError:
         raise UsageError(_too_deep(str(path))) from None
-    return parse_recipe(content, name or path.stem, overrides, where=str(path))
+    return parse_recipe(content, name or path.stem, overrides, str(path), settings)
 
 
 def parse_recipe(
-    content: Mapping[str, Any], name: str, overrides: Iterable[str] = (), where: str | None = None
+    content: Mapping[str, Any],
+    name: str,
+    overrides: Iterable[str] = (),
+    where: str | None = None,
+    settings: Mapping[str, type[BaseModel]] | None = None,
 ) -> Recipe:
     """The recipe in an already parsed table; see :func:`load_recipe`."""
     if is_too_deep(content):
@@ -449,7 +459,7 @@ def parse_recipe(
         _apply_override(table, change)
     if changes:  # a changed recipe says so in its name, and the published figures are not about it
         table.pop("reference", None)
-    return validate({**table, "name": changed_name(name, changes)}, where or name)
+    return validate({**table, "name": changed_name(name, changes)}, where or name, settings)
 
 
 def changed_name(name: str, changes: Iterable[str]) -> str:
@@ -479,11 +489,16 @@ def _too_deep(where: str) -> str:
     return f"{where} is nested too deeply for a recipe; tables need two levels, and a method's a few more"
 
 
-def validate(table: Mapping[str, Any], where: str) -> Recipe:
+def validate(
+    table: Mapping[str, Any], where: str, settings: Mapping[str, type[BaseModel]] | None = None
+) -> Recipe:
     try:
         return Recipe.model_validate(table)
     except ValidationError as error:
-        raise UsageError(explain(error, Recipe, where)) from None
+        method = table.get("method")
+        named = method.get("name") if isinstance(method, dict) else None
+        own = [model for name, model in (settings or {}).items() if name == named]
+        raise UsageError(explain(error, Recipe, where, own=own[0] if own else None)) from None
 
 
 def _apply_override(table: dict[str, Any], override: str) -> None:
@@ -512,14 +527,22 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
     table[keys[-1]] = value
 
 
-def explain(error: ValidationError, model: type[BaseModel], where: str, prefix: str = "") -> str:
-    """One line for the first problem of a validation: file, key, value, what is wrong, nearest known key."""
+def explain(
+    error: ValidationError,
+    model: type[BaseModel],
+    where: str,
+    prefix: str = "",
+    own: type[BaseModel] | None = None,
+) -> str:
+    """One line for the first problem of a validation: file, key, value, what is wrong, and the key's place in another
+    table, that of the method's ``own`` settings included, or else the nearest known key."""
     first = error.errors(include_url=False)[0]
     path = [str(part) for part in first["loc"]]
     key = prefix + ".".join(path)
     if first["type"] == "extra_forbidden":
-        known = _known_keys(model, path[:-1])
-        return f"{where}: unknown key {key!r}; {nearest(path[-1], known)}"
+        places = [*(_places(path[-1], own, "method.") if own else []), *_places(path[-1], model)]
+        hint = f"did you mean {' or '.join(map(repr, places))}?" if places else ""
+        return f"{where}: unknown key {key!r}; {hint or nearest(path[-1], _known_keys(model, path[:-1]))}"
     if first["type"] == "missing":
         return f"{where}: key {key!r} is missing"
     message = first["msg"].removeprefix("Value error, ")
@@ -532,10 +555,25 @@ def _is_plain(value: object) -> bool:
     return isinstance(value, str | int | bool) or (isinstance(value, float) and not math.isnan(value))
 
 
+def _places(key: str, model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Where in a model's tables a key of that name belongs, as dotted paths."""
+    found = [prefix + key] if key in _known_keys(model, []) else []
+    for name, inner in _tables(model).items():
+        found += _places(key, inner, f"{prefix}{name}.")
+    return found
+
+
 def _known_keys(model: type[BaseModel], path: list[str]) -> list[str]:
     for part in path:
-        field = model.model_fields.get(part)
-        annotation = field.annotation if field else None
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), model)
+        model = _tables(model).get(part, model)
     return [name for name in model.model_fields if name != "name" or model is Method]
+
+
+def _tables(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    """The models of its inner tables, by key."""
+    found: dict[str, type[BaseModel]] = {}
+    for name, field in model.model_fields.items():
+        for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(kind, type) and issubclass(kind, BaseModel) and kind is not model:
+                found.setdefault(name, kind)
+    return found
