@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from certbench.errors import UsageError
 from certbench.recipe import Radius, Recipe, Strict
 from certbench.threat import format_radius
+
+
+def refuse_alpha(table: Any, own: str) -> Any:
+    """The table as it is, for a validator of mode ``before``: alpha means one thing in a method's paper and another in
+    certification. ``own`` says which key has the method's.
+
+    Raises:
+        ValueError: the table has a key of that name, or that of the certification's.
+    """
+    if isinstance(table, dict) and {"alpha", "failure_probability"} & set(table):
+        raise ValueError(f"{own}; the alpha of certification is certify.smoothing.failure_probability")
+    return table
 
 
 class RampSettings(Strict):

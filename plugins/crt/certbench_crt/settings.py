@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from certbench.contract import TeacherSettings
+from certbench.settings import refuse_alpha
 
 
 class CRTSettings(TeacherSettings):
@@ -16,3 +17,8 @@ class CRTSettings(TeacherSettings):
     """a: share of the transfer term; the rest is cross entropy. At 1 no label is used."""
     space: Literal["logits", "probs"] = "logits"
     """What is brought together: logits, as released, or their softmaxes."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_the_alpha_that_is_meant(cls, table: Any) -> Any:
+        return refuse_alpha(table, "the share of the transfer term is transfer_weight")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from certbench.recipe import Distance, Strict
+from certbench.settings import refuse_alpha
 
 
 class GaussianSettings(Strict):
@@ -36,6 +38,13 @@ class SmoothAdvSettings(Strict):
     """T."""
     warm_up_epochs: int = Field(default=10, ge=0)
     """Over these epsilon rises to its value."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_the_alpha_that_is_meant(cls, table: Any) -> Any:
+        return refuse_alpha(
+            table, "the L2 length of a step of the attack follows from attack_radius and attack_iterations"
+        )
 
     @field_validator("attack_radius")
     @classmethod

@@ -168,6 +168,7 @@ def test_the_hinge_waits_for_its_epoch(tmp_path: Path) -> None:
         ("stability", "method.weight=-1", "method.weight = -1"),
         ("consistency", "method.noises=1", "method.noises = 1"),
         ("smoothadv", 'method.attack_radius="0"', "a radius above 0"),
+        ("smoothadv", "method.alpha=1", "attack_radius and attack_iterations; the alpha of certification is"),
         ("macer", "method.beta=0", "method.beta = 0"),
         ("macer", "method.k=4", "unknown key 'method.k'"),
     ],

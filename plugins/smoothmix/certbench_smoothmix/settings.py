@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from certbench.recipe import Strict
+from certbench.settings import refuse_alpha
 
 
 class SmoothMixSettings(Strict):
@@ -32,12 +33,7 @@ class SmoothMixSettings(Strict):
     @model_validator(mode="before")
     @classmethod
     def _name_the_alpha_that_is_meant(cls, table: Any) -> Any:
-        if isinstance(table, dict) and {"alpha", "failure_probability"} & set(table):
-            raise ValueError(
-                "the L2 length of a step of the attack is attack_step; the alpha of certification is "
-                "certify.smoothing.failure_probability"
-            )
-        return table
+        return refuse_alpha(table, "the L2 length of a step of the attack is attack_step")
 
     @model_validator(mode="after")
     def _mix_step_within_the_attack(self) -> SmoothMixSettings:
