@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +75,9 @@ def test_another_network_is_refused(finished: tuple[Path, RunOutcome], tmp_path:
             recheck(store, tmp_path / f"{file}.safetensors", 5, device="cpu", out=tmp_path)
     with pytest.raises(RunError, match="cannot read"):
         recheck(store, tmp_path / "junk.safetensors", 5, device="cpu", out=tmp_path)
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    with pytest.raises(RunError, match="is not a regular file"):
+        recheck(store, tmp_path / "pipe.safetensors", 5, device="cpu", out=tmp_path)
 
 
 def test_an_import_says_how_many_were_made_again(

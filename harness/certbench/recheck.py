@@ -111,6 +111,8 @@ def recheck(
 
 def _tensors(checkpoint: Path) -> dict[str, Any]:
     try:
+        if checkpoint.exists() and not checkpoint.is_file():  # opening a pipe may never end
+            raise RunError(f"{checkpoint} is not a regular file")
         return load_file(checkpoint)
     except (OSError, SafetensorError) as error:
         raise RunError(f"cannot read {checkpoint} as safetensors: {error}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,12 +57,16 @@ class NetworkFile:
     def read(cls, path: Path) -> NetworkFile:
         """
         Raises:
-            UsageError: the file or its card is missing or cannot be read.
+            UsageError: the file or its card is missing, is no regular file (reading a pipe may never end), or cannot be
+                read.
         """
         card = path.with_suffix(".json")
         try:
-            content = path.read_bytes()
+            for each in (path, card):
+                if not stat.S_ISREG(each.stat().st_mode):
+                    raise UsageError(f"teacher {path}: {each} is not a regular file")
             known = NetworkCard.model_validate_json(card.read_text(encoding="utf-8"))
+            content = path.read_bytes()
             return cls(path, hashlib.sha256(content).hexdigest(), known, content)
         except FileNotFoundError as error:
             hint = "" if path.is_file() else "; a teacher may also be the name of a recipe"
@@ -130,6 +135,11 @@ def _differences(
     yield "training set", its_data, f"{info.name} ({dataset.digest[:16]})"
 
 
+def is_file(teacher: str) -> bool:
+    """Whether a teacher is a network's file, and no recipe."""
+    return Path(teacher).suffix.lower() == ".safetensors"
+
+
 def find_teacher(student: Recipe, plugins: Plugins) -> Recipe | NetworkFile:
     """The teacher that a student's recipe names, as yet untrained.
 
@@ -137,11 +147,11 @@ def find_teacher(student: Recipe, plugins: Plugins) -> Recipe | NetworkFile:
         UsageError: there is no such recipe or file, or the teachers' recipes name each other in a circle.
     """
     first = plugins.settings(student).teacher
-    if first.endswith(".safetensors"):
+    if is_file(first):
         return NetworkFile.read(Path(first))
     recipe, chain = plugins.find_recipe(first), [first]
     settings = plugins.settings(recipe)
-    while isinstance(settings, TeacherSettings) and not settings.teacher.endswith(".safetensors"):
+    while isinstance(settings, TeacherSettings) and not is_file(settings.teacher):
         if settings.teacher in chain:
             raise UsageError(
                 f"{student.name}: teachers in a circle: {' <- '.join([*chain, settings.teacher])}"
@@ -174,7 +184,7 @@ def pinned(student: Recipe, identity: str, settings: TeacherSettings) -> Recipe:
     content = student.canonical()
     content["method"] |= {"teacher_id": identity}
     teacher = settings.teacher
-    if Path(teacher).suffix in {".safetensors", ".toml"}:
+    if is_file(teacher) or Path(teacher).suffix == ".toml":
         teacher = Path(teacher).name
     content["method"] |= {"teacher": teacher}
     content["name"] = _renamed(student.name.replace(settings.teacher, teacher), teacher)
