@@ -9,6 +9,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING
 
 from certbench.contract import MethodCard, TrainTask
+from certbench.errors import RunError
 from certbench.hookspecs import hookimpl
 from certbench.recipe import SEQUENTIAL
 from certbench_crt.settings import CRTSettings
@@ -41,4 +42,12 @@ def train(task: TrainTask) -> nn.Module:
     from certbench.training import fit
     from certbench_crt.objective import CRT
 
-    return fit(task, CRT(task))
+    objective = CRT(task)
+    try:
+        return fit(task, objective)
+    except (
+        RunError
+    ) as error:  # a loss that is not finite: no learning rate helps where the teacher is the cause
+        if not objective.teacher_held:
+            raise objective.useless_teacher("training images") from error
+        raise

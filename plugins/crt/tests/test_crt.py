@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections import OrderedDict
@@ -23,11 +24,12 @@ from certbench.data.files import load_dataset
 from certbench.errors import DataError, RunError, UsageError
 from certbench.models import build_network
 from certbench.plugins import installed
+from certbench.recipe import Augmentation
 from certbench.recorded import load_run
 from certbench.results.store import ResultStore
 from certbench.run import Run, run_recipe
 from certbench.stages.record import RunOutcome
-from certbench.training import fit
+from certbench.training import Step, fit, gaussian_noise
 from certbench.training.checkpoint import save_network
 from certbench.training.teacher import ready
 from certbench_crt.objective import CRT, transfer_loss
@@ -368,6 +370,26 @@ def test_a_missing_teacher_is_an_error_that_says_so(tmp_path: Path) -> None:
         run_student("crt/nothing", tmp_path / "out")
 
 
+@pytest.mark.parametrize("ending", [".safetensors", ".json"])
+def test_a_teacher_that_is_a_pipe_or_a_folder_is_refused(tmp_path: Path, ending: str) -> None:
+    """Reading a pipe waits for a writer, for ever."""
+    path = teacher_file(tmp_path / "files").with_suffix(ending)
+    for make in (os.mkfifo, Path.mkdir):
+        path.unlink(missing_ok=True)
+        make(path)
+        with pytest.raises(UsageError, match=f"teacher{ending} is not a regular file"):
+            prepared(path.with_suffix(".safetensors"), tmp_path / "out")
+
+
+def test_a_teachers_file_is_known_by_its_ending_in_any_case(tmp_path: Path) -> None:
+    path = teacher_file(tmp_path / "files")
+    plain = prepared(path, tmp_path / "out")
+    upper = prepared(path.rename(path.with_suffix(".SafeTensors")), tmp_path / "out")
+    assert "files" not in upper.recipe.canonical_json()
+    assert upper.recipe.method.settings["teacher"] == "teacher.SafeTensors"
+    assert upper.recipe.method.settings["teacher_id"] == plain.recipe.method.settings["teacher_id"]
+
+
 def test_a_pinned_teacher_must_be_the_one(tmp_path: Path) -> None:
     path = teacher_file(tmp_path / "files")
     with pytest.raises(UsageError, match="not the 0123456789abcdef that method.teacher_id asks for"):
@@ -388,6 +410,84 @@ def test_a_teacher_with_logits_that_are_not_finite_is_refused_before_training(
     assert not list((tmp_path / "out").rglob("epoch-*"))
 
 
+class FailsInTheDark(nn.Module):
+    """Logits that are not finite where an image is darker than noise is."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        dark = x.mean((1, 2, 3)) < 0.25
+        logits: Tensor = self.network(x)
+        return logits.masked_fill(dark[:, None], torch.nan)
+
+
+def test_a_teacher_that_fails_on_training_images_alone_is_named(tmp_path: Path) -> None:
+    task = objective_task(tmp_path)
+    teacher = ready("a wary network", FailsInTheDark(task.teacher.network), torch.device("cpu"))
+    with pytest.raises(RunError, match="a wary network gives logits on training images that are NaN"):
+        installed().train(replace(task, teacher=teacher))
+
+
+def test_a_rate_that_is_too_high_is_not_the_teachers_fault(tmp_path: Path) -> None:
+    task = objective_task(
+        tmp_path, "train.learning_rate=1e30", "train.optimizer=sgd", "train.gradient_clip=0"
+    )
+    with pytest.raises(RunError, match="lower train.learning_rate"):
+        installed().train(task)
+
+
+@pytest.mark.parametrize("space", ["logits", "probs"])
+@pytest.mark.parametrize("a", [0.0, 0.3, 1.0])
+def test_the_loss_is_the_sum_of_its_two_terms(tmp_path: Path, a: float, space: str) -> None:
+    """L = a mean_i ||z_S,i - z_T,i||_2 + (1 - a) mean_i CE(z_S,i, y_i), all of the same noisy images."""
+    task = objective_task(tmp_path, f"method.transfer_weight={a}", f"method.space={space}")
+    objective, step = CRT(task), Step(3, 1, 10)
+    student = task.build_network().eval()  # the loss is then the same twice
+    objective.prepare(student, 10)
+    images, y = to_pixels(DIGITS.train.images[:16], 16), DIGITS.train.labels[:16]
+    loss, figures = objective.loss(images, y, step)
+    x = images + gaussian_noise(images, 0.5, task.seed, step)[0]
+    z_S, z_T = student(x), task.teacher.network(x)
+    outputs = {"logits": (z_S, z_T), "probs": (z_S.softmax(1), z_T.softmax(1))}
+    p_S, p_T = outputs[space]
+    transfer = ((p_S - p_T) ** 2).sum(1).sqrt().mean()
+    natural = (z_S.logsumexp(1) - z_S.gather(1, y[:, None])[:, 0]).mean()
+    torch.testing.assert_close(loss, a * transfer + (1 - a) * natural)
+    torch.testing.assert_close(figures["transfer"], transfer.detach())
+    assert abs((transfer - natural).detach()) > 0.1, "the two terms are told apart"
+
+
+def test_recipes_hold_the_released_settings() -> None:
+    """Section by section of the release's configurations: CIFAR-10 and ImageNet, and its recommendation of one sigma."""
+    found = {}
+    for name in installed().recipes():
+        method, _, rest = name.partition("/")
+        if method != "crt" or not rest.startswith(("cifar10", "imagenet")):
+            continue
+        recipe = installed().find_recipe(name)
+        of, train, on_imagenet = installed().settings(recipe), recipe.train, recipe.dataset == "imagenet"
+        epochs, batch = (90, 400) if on_imagenet else (200, 128)
+        assert (of.transfer_weight, of.space, of.force_teacher) == (1.0, "logits", False)
+        assert (train.epochs, train.batch_size, train.learning_rate) == (epochs, batch, 0.1)
+        assert (train.optimizer, train.momentum, train.weight_decay) == ("sgd", 0.9, 1e-4)
+        assert (train.schedule, train.decay, train.milestone_lag) == ("milestones", 0.1, 0)
+        assert train.milestones == (epochs // 2, 3 * epochs // 4)
+        assert train.augment and not train.gradient_clip
+        crop = Augmentation(flip=True, crop_padding=4, crop_fill=0.0)
+        assert train.augmentation == (None if on_imagenet else crop)  # ImageNet's own is the released one
+        drawn = recipe.smoothing
+        assert recipe.certify.certifier == "smoothing"
+        assert (drawn.n0, drawn.n, drawn.failure_probability) == (100, 100_000, 0.001)
+        assert drawn.subset == ("every-100" if on_imagenet else "all")
+        assert recipe.model != "resnet20", "the smallest network teaches"
+        found[recipe.model, recipe.sigma, of.teacher] = name
+        if of.teacher in installed().recipes():  # another plugin may bring it
+            assert installed().find_recipe(of.teacher).sigma == recipe.sigma
+    assert len(found) == 15
+
+
 def test_the_student_comes_to_agree_with_its_teacher(tmp_path: Path) -> None:
     task = objective_task(tmp_path)
     student = fit(task, CRT(task))
@@ -400,9 +500,10 @@ def test_the_student_comes_to_agree_with_its_teacher(tmp_path: Path) -> None:
     assert not task.teacher.network.training
 
 
-def objective_task(folder: Path) -> TrainTask:
+def objective_task(folder: Path, *overrides: str) -> TrainTask:
     """A student that starts from other weights than its teacher, which was never trained."""
-    recipe = installed().find_recipe("crt/digits-l2-0.5", ["train.epochs=12", "train.milestones=[8]"])
+    changes = ["train.epochs=12", "train.milestones=[8]", *overrides]
+    recipe = installed().find_recipe("crt/digits-l2-0.5", changes)
     network = build_network("cnn-small", DIGITS.info, 5)
     return TrainTask(
         recipe=recipe,
@@ -425,6 +526,12 @@ def objective_task(folder: Path) -> TrainTask:
         ('method.teacher="a\\u0000b.safetensors"', "holds control characters"),
         ('method.teacher="a\\u001b[31mb.toml"', "holds control characters"),
         ("method.a=1", "unknown key 'method.a'"),
+        ("teacher=x.safetensors", "unknown key 'teacher'; did you mean 'method.teacher'?"),
+        ("train.space=probs", "unknown key 'train.space'; did you mean 'method.space'?"),
+        (
+            "method.alpha=0.3",
+            "is transfer_weight; the alpha of certification is certify.smoothing.failure_prob",
+        ),
     ],
 )
 def test_bad_settings_are_explained(override: str, words: str) -> None:
