@@ -170,6 +170,26 @@ def test_an_acr_that_is_cut_where_draws_stop_is_called_so(
     assert [wanted in line for line in found] == ([True] if last else [])
 
 
+def test_nothing_is_said_of_radii_that_draws_stopped_short_of(tmp_path: Path) -> None:
+    """Zero percent would be read as none certified; only what n draws cannot prove is known to be that."""
+    smoothed(tmp_path, "a", [10_000] * 4, n=10_000, recipe=asking(smoothing={"radii": ["1"], "n": 10_000}),
+             protocol="l2-sequential-1", method="short")  # fmt: skip
+    smoothed(tmp_path, "b", [100_000] * 4, n=100_000, recipe=asking(smoothing={}), protocol="l2-sequential-1")
+    for run, n in (("a", 10_000), ("b", 100_000)):
+        proved = float(anytime_radius(n, n, 0.001, 0.5)) * (1 - 1e-9)
+        radius = [min(1.01, proved) if run == "a" else proved] * 4
+        made_by(tmp_path, run, "smoothing-sequential", radius=radius, proved_by="e-value")
+    board = only(tmp_path)
+    assert board.radii[-1] == "1.75"
+    short, long = sorted(board.rows, key=lambda row: row.method)
+    assert (short.method, long.method) == ("short", "smoothing")
+    assert {*board.radii} - {*short.at} == {"1.25", "1.5"}  # 1.75 is more than 10,000 draws can prove
+    assert short.at["1"].mean == 100 and short.at["1.75"].mean == 0
+    assert long.at["1.75"].mean == 100
+    line = next(line for line in tables.markdown(board).split("\n") if line.startswith("| short"))
+    assert "empty at r: draws stopped short of it" in tables.markdown(board) and "|            |" in line
+
+
 def test_an_acr_of_all_draws_is_not_cut(tmp_path: Path) -> None:
     smoothed(tmp_path, "a", [1000] * 4, recipe=asking(smoothing={"radii": ["1/4"]}))
     assert "are cut there" not in tables.markdown(only(tmp_path))

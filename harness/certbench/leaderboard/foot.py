@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -13,10 +12,10 @@ import numpy as np
 from certbench.leaderboard.board import Board
 from certbench.leaderboard.columns import several_steps
 from certbench.leaderboard.row import Audited, Row
-from certbench.recipe import SEQUENTIAL, VERDICT_ONLY, Smoothing
+from certbench.recipe import VERDICT_ONLY
 from certbench.stats.binomial import quantile
 from certbench.stats.ranks import LEVEL
-from certbench.stats.smoothing import VOID_LEVEL, anytime_radius
+from certbench.stats.smoothing import VOID_LEVEL
 from certbench.threat import format_radius
 
 GUARANTEES = {
@@ -101,9 +100,11 @@ def _cut(rows: Iterable[Row]) -> Iterable[str]:
     """Where draws end once the radii that were asked for are decided, more draws would have proved larger ones."""
     found: dict[Fraction, float] = defaultdict(float)
     for row in rows:
+        if row.reach is None:
+            continue
+        last = row.reach.asked
         most = max(float(np.nanmax(entry.metrics.each.radius, initial=0.0)) for entry in row.entries)
-        last = _last_decided(row)
-        if last is not None and most >= last:  # else no image's draws ended for having proved them all
+        if most >= last:  # else no image's draws ended for having proved them all
             found[last] = max(found[last], most)
     if found:
         ends = (  # rounded up, so that the sentence holds
@@ -112,24 +113,8 @@ def _cut(rows: Iterable[Row]) -> Iterable[str]:
         )
         yield (
             "Draws of an image stop once the largest radius asked for that n draws can prove is decided, so no radius "
-            f"exceeds {', '.join(ends)}: ACR, and differences of ACR, are cut there."
+            f"exceeds {', '.join(ends)}: ACR, and differences of ACR, are cut there; empty at r: draws stopped short of it."
         )
-
-
-def _last_decided(row: Row) -> Fraction | None:
-    """The largest radius that draws go on for; None where something else ends them."""
-    asked = (json.loads(row.run["recipe"]).get("certify") or {}).get("smoothing") or {}
-    defaults = Smoothing()
-    if (
-        row.sampling is None
-        or not row.certifier.startswith(SEQUENTIAL)
-        or asked.get("goal", "radii") != "radii"
-    ):
-        return None
-    n = asked.get("n", defaults.n)
-    provable = float(anytime_radius(n, n, row.sampling.alpha, row.sampling.sigma))
-    radii = map(Fraction, asked.get("radii", defaults.radii))
-    return max((radius for radius in radii if 0 < radius <= provable), default=None)
 
 
 def _seconds(rows: Sequence[Row]) -> Iterable[str]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -23,8 +23,9 @@ from certbench.errors import DataError
 from certbench.leaderboard.figures import Figure, figure, share
 from certbench.leaderboard.gather import Entry
 from certbench.leaderboard.metrics import Cost, Sampling
-from certbench.recipe import split_name
+from certbench.recipe import SEQUENTIAL, Smoothing, split_name
 from certbench.results.rules import VERDICTS, parse_fraction
+from certbench.stats.smoothing import anytime_radius
 
 if TYPE_CHECKING:
     from certbench.leaderboard.comparison import Published
@@ -66,6 +67,14 @@ class Standing:
         return self.of == 1
 
 
+class Reach(NamedTuple):
+    """How far the draws of a row go that end once the recipe's radii are decided: the largest of these that n draws can
+    prove, and the largest of any that they could."""
+
+    asked: Fraction
+    provable: float
+
+
 @dataclass(frozen=True)
 class Row:
     """One measured row. Accuracies in percent; ``verdicts`` counts over all seeds; seconds are means over seeds.
@@ -74,8 +83,8 @@ class Row:
     In ``verdicts`` an image that the certifier left unknown and an attack broke counts as falsified.
 
     ``images`` is the number of images of the seed that has the fewest, ``expected`` the size of the test set as far
-    as any run of it tells. ``at`` holds the certified accuracy at radii of a smoothed classifier, ``curve`` (radius,
-    percent) pairs for any row. ``entries`` are the runs themselves, by seed.
+    as any run of it tells. ``at`` holds the certified accuracy at radii of a smoothed classifier, those left out that
+    draws stopped short of (``reach``, None where something else ends them), ``curve`` (radius, percent) pairs for any row. ``entries`` are the runs themselves, by seed.
     """
 
     method: str
@@ -102,6 +111,7 @@ class Row:
     at: Mapping[str, Figure]
     curve: tuple[tuple[float, float], ...]
     sampling: Sampling | None
+    reach: Reach | None
     verdicts: Mapping[str, int]
     proofs: Mapping[str, int]
     train_seconds: float | None
@@ -222,6 +232,8 @@ def _row(members: Sequence[Entry], variant: str, expected: int, radii: Collectio
     run, metrics, submission = group[0].run, group[0].metrics, group[0].submission
     images = min(entry.metrics.images for entry in group)
     attacked = [entry.attacked for entry in group if entry.attacked is not None]
+    sampling = _sampling(group)
+    reach = _reach(run, metrics.certifier, sampling)
     acr = [entry.metrics.acr for entry in group if entry.metrics.acr is not None]
     return Row(
         method=run["method"],
@@ -248,9 +260,11 @@ def _row(members: Sequence[Entry], variant: str, expected: int, radii: Collectio
         at={
             radius: share([entry.metrics.certified_at(float(radius)) for entry in group], images)
             for radius in radii
+            if reach is None or not reach.asked < float(radius) <= reach.provable
         },
         curve=_curve(group),
-        sampling=_sampling(group),
+        sampling=sampling,
+        reach=reach,
         verdicts={verdict: sum(_verdicts(entry)[verdict] for entry in group) for verdict in VERDICTS},
         proofs=_proofs(group),
         train_seconds=_mean_seconds([entry.train for entry in group]),
@@ -311,6 +325,17 @@ def _sampling(group: Sequence[Entry]) -> Sampling | None:
         exact_noise=all(sampling.exact_noise for sampling in each),
         hits=tuple(map(sum, zip(*(sampling.hits for sampling in each), strict=True))),
     )
+
+
+def _reach(run: Mapping[str, Any], certifier: str, sampling: Sampling | None) -> Reach | None:
+    asked = (json.loads(run["recipe"]).get("certify") or {}).get("smoothing") or {}
+    usual = Smoothing()
+    if sampling is None or not certifier.startswith(SEQUENTIAL) or asked.get("goal", usual.goal) != "radii":
+        return None
+    n = asked.get("n", usual.n)
+    provable = float(anytime_radius(n, n, sampling.alpha, sampling.sigma))
+    radii = [radius for radius in map(Fraction, asked.get("radii", usual.radii)) if 0 < radius <= provable]
+    return Reach(max(radii), provable) if radii else None
 
 
 def _curve(group: Sequence[Entry]) -> tuple[tuple[float, float], ...]:
