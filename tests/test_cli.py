@@ -105,6 +105,7 @@ def test_wrong_usage_is_one_line_and_exit_code_2(
         ("threat.radius=2", ["threat.radius", "at most at 1"]),
         ("train.epoch=3", ["'train.epoch'", "did you mean 'epochs'"]),
         ("method.lamda=3", ["'method.lamda'", "known"]),
+        ("method.epochs=3", ["'method.epochs'", "did you mean 'train.epochs'?"]),
         ("certify.certifier=ibpp", ["unknown certifier 'ibpp'", "ibp"]),
         ("model=cnn-smal", ["unknown model 'cnn-smal'", "cnn-small"]),
         ("dataset=digit", ["digits"]),
@@ -122,7 +123,9 @@ def test_bad_values_are_refused_before_any_training(
 
 
 @FAST_IBP
-@pytest.mark.parametrize(("key", "name"), [("dataset", "nosuch"), ("model", "cnn-smal")])
+@pytest.mark.parametrize(
+    ("key", "name"), [("dataset", "nosuch"), ("model", "cnn-smal"), ("model", "timm:nosuch")]
+)
 def test_a_wrong_name_in_the_last_recipe_is_refused_before_the_first_run(
     key: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import tomllib
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -164,9 +165,7 @@ def test_an_acr_that_is_cut_where_draws_stop_is_called_so(
     radius = [float(anytime_radius(k, 10_000, 0.001, 0.5)) * (1 - 1e-9) for k in hits]
     made_by(tmp_path, "a", "smoothing-sequential", radius=radius, proved_by=["e-value"] * 3 + [""])
     found = [line for line in foot(only(tmp_path)) if "are cut there" in line]
-    wanted = (
-        f"no radius exceeds {math.ceil(1000 * radius[0]) / 1000:g} where that is {last}: ACR, and differences"
-    )
+    wanted = f"no radius exceeds {math.ceil(1000 * radius[0]) / 1000:g} where the largest is {last}: ACR, and differences"
     assert [wanted in line for line in found] == ([True] if last else [])
 
 
@@ -187,7 +186,43 @@ def test_nothing_is_said_of_radii_that_draws_stopped_short_of(tmp_path: Path) ->
     assert short.at["1"].mean == 100 and short.at["1.75"].mean == 0
     assert long.at["1.75"].mean == 100
     line = next(line for line in tables.markdown(board).split("\n") if line.startswith("| short"))
-    assert "empty at r: draws stopped short of it" in tables.markdown(board) and "|            |" in line
+    text = tables.markdown(board)
+    assert (
+        "Empty at r: draws ended before any radius that large was decided." in text
+        and "|            |" in line
+    )
+    assert [short.is_at_least(radius) for radius in ("0", "0.5", "1", "1.75")] == [True, True, False, False]
+    assert [long.is_at_least(radius) for radius in ("0", "0.5", "1.75")] == [False, False, False]
+    assert line.count("100.00 +") == 4 and "+: at least" in text, (
+        "> 0 and the quarters below 1 were not asked for"
+    )
+
+
+def test_a_radius_that_is_no_binary_fraction_is_decided_where_it_was_asked_for(tmp_path: Path) -> None:
+    smoothed(
+        tmp_path, "a", [1000] * 4, recipe=asking(smoothing={"radii": ["1/10"]}), protocol="l2-sequential-1"
+    )
+    made_by(tmp_path, "a", "smoothing-sequential", radius=[0.1] * 4, proved_by="e-value")
+    (row,) = only(tmp_path).rows
+    assert (
+        row.reach is not None
+        and row.reach.decides(Fraction("0.1"))
+        and not row.reach.stops_short(Fraction("0.1"))
+    )
+    assert row.reach.stops_short(Fraction("0.25"))
+
+
+def test_where_draws_end_is_said_of_the_rows_that_it_holds_for(tmp_path: Path) -> None:
+    for run, goal, radius in (("a", "radii", 1.01), ("b", "budget", 1.5)):
+        wanted = {"radii": ["1"], "n": 100_000, "goal": goal}
+        smoothed(tmp_path, run, [100_000] * 4, n=100_000, recipe=asking(smoothing=wanted), protocol="l2-sequential-1",
+                 method=goal)  # fmt: skip
+        made_by(tmp_path, run, "smoothing-sequential", radius=[radius] * 4, proved_by="e-value")
+    (line,) = (line for line in foot(only(tmp_path)) if "are cut there" in line)
+    assert (
+        "in rows whose recipe has that goal," in line
+        and "no radius exceeds 1.01 where the largest is 1:" in line
+    )
 
 
 def test_an_acr_of_all_draws_is_not_cut(tmp_path: Path) -> None:
@@ -197,9 +232,9 @@ def test_an_acr_of_all_draws_is_not_cut(tmp_path: Path) -> None:
 
 def test_boards_say_what_their_seconds_are(tmp_path: Path) -> None:
     add(tmp_path, "a", [C, U])
-    assert "under its load" not in tables.markdown(only(tmp_path))
+    assert "no measure of what a method costs" not in tables.markdown(only(tmp_path))
     time(tmp_path, "a", "train", 3.0)
-    assert "under its load at that time" in tables.markdown(only(tmp_path))
+    assert "no measure of what a method costs" in tables.markdown(only(tmp_path))
 
 
 # Reproductions ---------------------------------------------------------------------------------------------------------

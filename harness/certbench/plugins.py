@@ -259,7 +259,7 @@ class Plugins:
         try:
             return model.model_validate(recipe.method.settings)
         except ValidationError as error:
-            raise UsageError(explain(error, model, where or recipe.name, prefix="method.")) from None
+            raise UsageError(explain(error, model, where or recipe.name, "method.", whole=Recipe)) from None
 
 
 def _by_name(entries: Iterable[Any], kind: type[Any]) -> dict[str, Any]:

@@ -533,14 +533,20 @@ def explain(
     where: str,
     prefix: str = "",
     own: type[BaseModel] | None = None,
+    whole: type[BaseModel] | None = None,
 ) -> str:
     """One line for the first problem of a validation: file, key, value, what is wrong, and the key's place in another
-    table, that of the method's ``own`` settings included, or else the nearest known key."""
+    table, or else the nearest known key.
+
+    The other tables are those of the ``model``, whose keys begin with ``prefix``, of the method's ``own`` settings, and of the
+    ``whole`` that the model is a part of.
+    """
     first = error.errors(include_url=False)[0]
     path = [str(part) for part in first["loc"]]
     key = prefix + ".".join(path)
     if first["type"] == "extra_forbidden":
-        places = [*(_places(path[-1], own, "method.") if own else []), *_places(path[-1], model)]
+        places = [*(_places(path[-1], own, "method.") if own else []), *_places(path[-1], model, prefix)]
+        places += _places(path[-1], whole) if whole else []
         hint = f"did you mean {' or '.join(map(repr, places))}?" if places else ""
         return f"{where}: unknown key {key!r}; {hint or nearest(path[-1], _known_keys(model, path[:-1]))}"
     if first["type"] == "missing":

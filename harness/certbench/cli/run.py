@@ -105,16 +105,25 @@ def run_all(
 def _check_names(recipe: Recipe, plugins: Plugins) -> None:
     """What a recipe names must be there, which should not come to light after hours of other runs.
 
+    A teacher's file may yet come out of one of these.
+
     Raises:
-        UsageError: unknown data set, model or certifier.
+        UsageError: unknown data set, model, certifier or teacher's recipe.
     """
-    from certbench.models.registry import find_builder
+    from certbench.contract import TeacherSettings
+    from certbench.models.registry import check_model_name
     from certbench.stages.certify import choose_certifier
+    from certbench.training.teacher import NetworkFile, find_teacher, is_file
 
     try:
         plugins.dataset(recipe.dataset)
-        find_builder(recipe.model, plugins.models())
+        check_model_name(recipe.model, plugins.models())
         choose_certifier(recipe, plugins.owner(recipe.method.name), plugins)
+        settings = plugins.settings(recipe)
+        if isinstance(settings, TeacherSettings) and not is_file(settings.teacher):
+            teacher = find_teacher(recipe, plugins)
+            if not isinstance(teacher, NetworkFile):
+                _check_names(teacher, plugins)
     except UsageError as error:
         raise UsageError(f"{recipe.name}: {error}") from None
 

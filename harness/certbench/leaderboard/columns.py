@@ -16,6 +16,8 @@ Line = Row | Published
 
 STEPS = 6
 """Steps of a certifier that a cell names; the ladders there are have no more that prove much."""
+AT_LEAST = " +"
+"""Behind a certified accuracy that is a lower bound of what more draws would have found."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def _smoothed(board: Board) -> list[Column]:
 
 
 def _at(radius: str) -> Callable[[Row], str]:
-    return lambda row: percent(row.at.get(radius))
+    return lambda row: percent(row.at.get(radius)) + (AT_LEAST if row.is_at_least(radius) else "")
 
 
 def _published(metric: str, digits: int) -> Callable[[Published], str]:

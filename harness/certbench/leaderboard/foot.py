@@ -10,7 +10,7 @@ from fractions import Fraction
 import numpy as np
 
 from certbench.leaderboard.board import Board
-from certbench.leaderboard.columns import several_steps
+from certbench.leaderboard.columns import AT_LEAST, several_steps
 from certbench.leaderboard.row import Audited, Row
 from certbench.recipe import VERDICT_ONLY
 from certbench.stats.binomial import quantile
@@ -87,7 +87,7 @@ def _meaning(board: Board) -> Iterable[str]:
             "n are not compared. alpha of all: the probability that any certificate of a run is wrong is at most that. "
             "mean draws: all draws of an image."
         )
-        yield from _cut(board.all_rows)
+        yield from _cut(board)
         return
     yield (
         "clean and certified: mean over seeds ± sample standard deviation, percent of images. ACR: mean certified "
@@ -96,33 +96,35 @@ def _meaning(board: Board) -> Iterable[str]:
     )
 
 
-def _cut(rows: Iterable[Row]) -> Iterable[str]:
+def _cut(board: Board) -> Iterable[str]:
     """Where draws end once the radii that were asked for are decided, more draws would have proved larger ones."""
+    rows = [row for row in board.all_rows if row.reach is not None]
     found: dict[Fraction, float] = defaultdict(float)
     for row in rows:
-        if row.reach is None:
-            continue
-        last = row.reach.asked
+        assert row.reach is not None
+        last = row.reach.last
         most = max(float(np.nanmax(entry.metrics.each.radius, initial=0.0)) for entry in row.entries)
         if most >= last:  # else no image's draws ended for having proved them all
             found[last] = max(found[last], most)
     if found:
         ends = (  # rounded up, so that the sentence holds
-            f"{math.ceil(1000 * most) / 1000:g} where that is {float(last):g}"
+            f"{math.ceil(1000 * most) / 1000:g} where the largest is {float(last):g}"
             for last, most in sorted(found.items())
         )
+        whose = "" if len(rows) == len(board.all_rows) else ", in rows whose recipe has that goal,"
         yield (
-            "Draws of an image stop once the largest radius asked for that n draws can prove is decided, so no radius "
-            f"exceeds {', '.join(ends)}: ACR, and differences of ACR, are cut there; empty at r: draws stopped short of it."
+            f"Draws of an image end{whose} once the radii asked for that n draws can prove are decided, so no radius exceeds "
+            f"{', '.join(ends)}: ACR, and differences of ACR, are cut there."
         )
+    if any(row.is_at_least(radius) for row in rows for radius in board.radii):
+        yield f"{AT_LEAST.strip()}: at least; that radius was not asked for, and draws of some images ended before it was decided."
+    if any(radius not in row.at for row in rows for radius in board.radii):
+        yield "Empty at r: draws ended before any radius that large was decided."
 
 
 def _seconds(rows: Sequence[Row]) -> Iterable[str]:
     if any(row.train_seconds is not None or row.certify_seconds is not None for row in rows):
-        yield (
-            "train s and certify s: one run for each seed, on one machine under its load at that time; only ratios of cost under "
-            "`benchmarks/` are measurements."
-        )
+        yield "train s and certify s: means over seeds, of machines under the load they had then; no measure of what a method costs."
 
 
 def _ranks(board: Board) -> Iterable[str]:

@@ -158,31 +158,32 @@ def _cell(cell: Cell) -> dict[str, Any]:
     }
 
 
-def tradeoffs(found: Sequence[Tradeoff]) -> str:
-    """The points of every trade-off as CSV, one line for each seed."""
+def tradeoffs(all_found: Sequence[Tradeoff]) -> str:
+    """The points of every trade-off as CSV, one line for each seed; accuracy in percent, as in the boards' CSV."""
     return _csv([
         {
             "certbench_tradeoff": number,
-            "dataset": one.terms.dataset,
-            "norm": one.terms.norm,
-            "model": one.terms.model,
-            "cap": one.terms.cap,
-            "verifier": one.terms.verifier,
-            "guarantee": one.terms.guarantee,
-            "tolerance": one.terms.tolerance,
-            "decided_at": one.terms.decided_at,
+            "dataset": found.terms.dataset,
+            "norm": found.terms.norm,
+            "model": found.terms.model,
+            "cap": found.terms.cap,
+            "verifier": found.terms.verifier,
+            "guarantee": found.terms.guarantee,
+            "tolerance": found.terms.tolerance,
+            "decided_at": found.terms.decided_at,
             "method": front.method,
             "setting": point.setting,
             "epochs": " ".join(map(str, point.epochs)),
-            "seed": seed,
-            "clean_accuracy": accuracy,
-            "acr_of_cap": robustness,
+            "seed": one.seed,
+            "run_id": one.run_id,
+            "clean_accuracy": 100 * one.accuracy,
+            "acr_of_cap": one.robustness,
             "mean_on_front": point.on_front,
         }
-        for number, one in enumerate(found, 1)
-        for front in one.fronts
+        for number, found in enumerate(all_found, 1)
+        for front in found.fronts
         for point in front.points
-        for seed, (accuracy, robustness) in point.of_seeds.items()
+        for one in point.of_seeds
     ])  # fmt: skip
 
 

@@ -68,11 +68,25 @@ class Standing:
 
 
 class Reach(NamedTuple):
-    """How far the draws of a row go that end once the recipe's radii are decided: the largest of these that n draws can
-    prove, and the largest of any that they could."""
+    """Which radii the draws of a row decide that end once those the recipe lists are decided.
 
-    asked: Fraction
+    ``listed``: these, ``provable``: the largest radius that n draws could prove.
+    """
+
+    listed: frozenset[Fraction]
     provable: float
+
+    @property
+    def last(self) -> Fraction:
+        """The largest listed radius that n draws can prove."""
+        return max(radius for radius in self.listed if radius <= self.provable)
+
+    def decides(self, radius: Fraction) -> bool:
+        return radius in self.listed or radius > self.provable
+
+    def stops_short(self, radius: Fraction) -> bool:
+        """Whether it is above all that draws decide; an undecided one below has at least the images of the next one."""
+        return radius > self.last and not self.decides(radius)
 
 
 @dataclass(frozen=True)
@@ -84,7 +98,8 @@ class Row:
 
     ``images`` is the number of images of the seed that has the fewest, ``expected`` the size of the test set as far
     as any run of it tells. ``at`` holds the certified accuracy at radii of a smoothed classifier, those left out that
-    draws stopped short of (``reach``, None where something else ends them), ``curve`` (radius, percent) pairs for any row. ``entries`` are the runs themselves, by seed.
+    draws stopped short of (``reach``, None where something else ends them), ``curve`` (radius, percent) pairs for any row.
+    ``entries`` are the runs themselves, by seed.
     """
 
     method: str
@@ -121,6 +136,10 @@ class Row:
     published: tuple[Published, ...] = ()
     standing: Standing | None = None
     acr_standing: Standing | None = None
+
+    def is_at_least(self, radius: str) -> bool:
+        """Whether more images may have that radius than are counted: draws of some ended before it was decided."""
+        return radius in self.at and self.reach is not None and not self.reach.decides(Fraction(radius))
 
     @property
     def base(self) -> str:
@@ -260,7 +279,7 @@ def _row(members: Sequence[Entry], variant: str, expected: int, radii: Collectio
         at={
             radius: share([entry.metrics.certified_at(float(radius)) for entry in group], images)
             for radius in radii
-            if reach is None or not reach.asked < float(radius) <= reach.provable
+            if reach is None or not reach.stops_short(Fraction(radius))
         },
         curve=_curve(group),
         sampling=sampling,
@@ -334,8 +353,8 @@ def _reach(run: Mapping[str, Any], certifier: str, sampling: Sampling | None) ->
         return None
     n = asked.get("n", usual.n)
     provable = float(anytime_radius(n, n, sampling.alpha, sampling.sigma))
-    radii = [radius for radius in map(Fraction, asked.get("radii", usual.radii)) if 0 < radius <= provable]
-    return Reach(max(radii), provable) if radii else None
+    radii = frozenset(map(Fraction, asked.get("radii", usual.radii)))
+    return Reach(radii, provable) if any(0 < radius <= provable for radius in radii) else None
 
 
 def _curve(group: Sequence[Entry]) -> tuple[tuple[float, float], ...]:

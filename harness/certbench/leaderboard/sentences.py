@@ -178,5 +178,6 @@ def notes(terms: Terms) -> list[str]:
         "Ratios: the best ACR among a method's points at least as accurate as the baseline's point (staircase rule), over "
         "the baseline's, over the seeds that are named; 0 where there is none so accurate; the baseline is never interpolated. "
         "Intervals: paired bootstrap over test images nested in seeds (one seed fewer than there are, as in the boards), 1,000 "
-        "resamples, the maximum and the mean inside, the mean over what is reached in the resample.",
+        "resamples, the maximum and the mean inside, the mean over all baseline points that are reached in the resample (one that reaches "
+        "none has no mean).",
     ]

@@ -28,8 +28,8 @@ ENOUGH = 3
 class Measured:
     """One network certified on a whole test set: what was decided of each image, in published order.
 
-    ``setting`` names the recipe with what it changes, ``epochs`` is how long it was trained. ``correct`` and ``radius`` (pixel units, rounded down, 0 for a
-    misclassified image) have shape (images,).
+    ``setting`` names the recipe with what it changes, ``epochs`` is how long it was trained. ``correct`` and ``radius`` (pixel
+    units, rounded down, 0 for a misclassified image) have shape (images,).
     """
 
     method: str
@@ -38,6 +38,7 @@ class Measured:
     seed: int
     correct: Floats
     radius: Floats
+    run_id: str = ""
 
 
 Settings = dict[str, dict[int, Measured]]
@@ -65,8 +66,18 @@ class Terms:
 
 
 @dataclass(frozen=True)
+class OneSeed:
+    """The point of one network, as shares of 1."""
+
+    run_id: str
+    seed: int
+    accuracy: float
+    robustness: float
+
+
+@dataclass(frozen=True)
 class Point:
-    """The mean of one setting over its seeds, as shares of 1; ``of_seeds`` holds (accuracy, robustness) of each seed."""
+    """The mean of one setting over its seeds, as shares of 1."""
 
     setting: str
     epochs: tuple[int, ...]
@@ -75,7 +86,7 @@ class Point:
     robustness: float
     on_front: bool
     beyond_constant: bool
-    of_seeds: dict[int, tuple[float, float]]
+    of_seeds: tuple[OneSeed, ...]
 
 
 @dataclass(frozen=True)
@@ -150,7 +161,7 @@ def _front(method: str, settings: dict[str, dict[int, Measured]], terms: Terms) 
             robustness=float(means[k, 1]),
             on_front=bool(on_front[k]),
             beyond_constant=bool(means[k, 1] > terms.majority),
-            of_seeds={seed: _pair([run], terms) for seed, run in sorted(settings[names[k]].items())},
+            of_seeds=tuple(_one_seed(run, terms) for _, run in sorted(settings[names[k]].items())),
         )
         for k in order
     )
@@ -171,9 +182,8 @@ def _mean(runs: Sequence[Measured], terms: Terms) -> Floats:
     return np.asarray(Sweep(correct[None], radius[None] / terms.cap).points()[0])
 
 
-def _pair(runs: Sequence[Measured], terms: Terms) -> tuple[float, float]:
-    accuracy, robustness = map(float, _mean(runs, terms))
-    return accuracy, robustness
+def _one_seed(run: Measured, terms: Terms) -> OneSeed:
+    return OneSeed(run.run_id, run.seed, *map(float, _mean([run], terms)))
 
 
 def _shared_seeds(sweeps: Sequence[Settings]) -> tuple[list[int], list[Settings]]:
@@ -288,6 +298,5 @@ def _measured(row: Row, setting: str, store: ResultStore) -> Iterator[Measured]:
         run_id, epochs = entry.run["run_id"], entry.run["epochs"]
         table = store.certificates(run_id, row.certifier, row.settings_digest)
         label, prediction = (table.column(name).to_numpy() for name in ("label", "prediction"))
-        yield Measured(
-            row.method, setting, epochs, seed, prediction == label, table.column("radius").to_numpy()
-        )
+        radius = table.column("radius").to_numpy()
+        yield Measured(row.method, setting, epochs, seed, prediction == label, radius, run_id)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from certbench.data.catalog import DatasetInfo
 from certbench.errors import UsageError, nearest
-from certbench.models.timm_networks import PREFIX, timm_network
+from certbench.models.timm_networks import PREFIX, check_timm_name, timm_network
 
 Builder = Callable[[DatasetInfo], nn.Module]
 MODELS: dict[str, Builder] = {}
@@ -58,6 +58,17 @@ def find_builder(name: str, registered: Mapping[str, Builder]) -> Builder:
     if name not in registered:
         raise UsageError(f"unknown model {name!r}; {nearest(name, registered)} (or {PREFIX}<name>)")
     return registered[name]
+
+
+def check_model_name(name: str, registered: Mapping[str, Builder]) -> None:
+    """
+    Raises:
+        UsageError: unknown model; names the nearest known one.
+    """
+    if name.startswith(PREFIX):
+        check_timm_name(name.removeprefix(PREFIX))
+    else:
+        find_builder(name, registered)
 
 
 def build_network(

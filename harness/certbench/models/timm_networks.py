@@ -21,16 +21,26 @@ PATCHES = 8
 """Along each side of a small image."""
 
 
+def check_timm_name(name: str) -> None:
+    """
+    Raises:
+        UsageError: timm has no network of that name (without the prefix).
+    """
+    import timm  # takes seconds to import
+
+    if not timm.is_model(name):
+        raise UsageError(f"unknown model {PREFIX + name!r}; {nearest(name, timm.list_models())}")
+
+
 def timm_network(name: str, info: DatasetInfo) -> nn.Module:
     """The network that timm calls ``name`` (without the prefix).
 
     Raises:
         UsageError: timm has no such network, or it does not fit the data set's images.
     """
-    import timm  # takes seconds to import
+    import timm
 
-    if not timm.is_model(name):
-        raise UsageError(f"unknown model {PREFIX + name!r}; {nearest(name, timm.list_models())}")
+    check_timm_name(name)
     options: dict[str, Any] = {"pretrained": False, "num_classes": info.classes, "in_chans": info.shape[0]}
     try:
         drawn = timm.create_model(name, **options)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from certbench.cli import main
 from certbench.contract import SilentReporter, TrainTask
 from certbench.data.dataset import to_pixels
 from certbench.data.files import load_dataset
@@ -368,6 +369,23 @@ def test_a_missing_teacher_is_an_error_that_says_so(tmp_path: Path) -> None:
         run_student(path, tmp_path / "out")
     with pytest.raises(UsageError, match="unknown recipe 'crt/nothing'"):
         run_student("crt/nothing", tmp_path / "out")
+
+
+def test_an_unknown_teacher_is_refused_before_the_first_run_of_a_list(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student = [
+        "run",
+        "crt/digits-l2-0.5",
+        "--set",
+        "method.teacher=crt/nothing",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    with pytest.raises(SystemExit) as caught:
+        main(student)
+    assert caught.value.code == 2 and "unknown recipe 'crt/nothing'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".json"])
