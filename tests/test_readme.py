@@ -141,6 +141,12 @@ def test_the_mnist_rows_of_the_readme_are_those_of_the_board(name: str, mark: st
         assert any(set(cells) <= known for known in measured), cells[0]
 
 
+def test_what_the_readme_says_of_a_trade_off_is_what_was_generated() -> None:
+    found = (ROOT / "leaderboards" / "tradeoff.md").read_text(encoding="utf-8").splitlines()
+    shown = re.search(r"<!-- tradeoff -->\n> (.*)\n<!-- /tradeoff -->", README)
+    assert shown is not None and shown.group(1) in found
+
+
 def table_rows(text: str) -> list[list[str]]:
     """The cells of every line of the Markdown tables in a text."""
     lines = [
