@@ -20,10 +20,10 @@ from certbench.errors import DataError
 from certbench.leaderboard import records, sentences, tables
 from certbench.leaderboard.board import RADII, Board, boards
 from certbench.leaderboard.columns import rank
-from certbench.leaderboard.comparison import Cell, reproduction
+from certbench.leaderboard.comparison import Cell, hindrance, reproduction
 from certbench.leaderboard.foot import foot
 from certbench.leaderboard.page.charts import charts
-from certbench.leaderboard.published import Notes, PublishedFile, refreshed
+from certbench.leaderboard.published import Notes, PublishedFigure, PublishedFile, refreshed
 from certbench.leaderboard.tradeoff import tradeoffs
 from certbench.plugins import installed
 from certbench.results.files import encode
@@ -219,10 +219,35 @@ def test_where_draws_end_is_said_of_the_rows_that_it_holds_for(tmp_path: Path) -
                  method=goal)  # fmt: skip
         made_by(tmp_path, run, "smoothing-sequential", radius=[radius] * 4, proved_by="e-value")
     (line,) = (line for line in foot(only(tmp_path)) if "are cut there" in line)
-    assert (
-        "in rows whose recipe has that goal," in line
-        and "no radius exceeds 1.01 where the largest is 1:" in line
+    assert line.startswith('Where a recipe\'s goal is "radii",')
+    assert "no radius exceeds 1.01 where the largest is 1:" in line
+
+
+def test_within_a_tolerance_every_radius_that_could_be_proved_is_a_lower_bound(tmp_path: Path) -> None:
+    wanted = {"n": 10_000, "goal": "tolerance"}
+    smoothed(
+        tmp_path, "a", [10_000] * 4, n=10_000, recipe=asking(smoothing=wanted), protocol="l2-sequential-1"
     )
+    made_by(tmp_path, "a", "smoothing-sequential", radius=[1.5] * 4, proved_by="e-value")
+    board = only(tmp_path)
+    (row,) = board.rows
+    assert [row.is_at_least(radius) for radius in ("0", "1.5")] == [True, True] and "0" in row.at
+    (record,) = records.records(board)
+    assert record["lower_bounds_at"] == " ".join(board.radii)
+    text = tables.markdown(board)
+    assert "+: at least" in text and "are cut there" not in text
+
+
+def test_a_lower_bound_is_no_failed_reproduction(tmp_path: Path) -> None:
+    smoothed(tmp_path, "a", [10_000] * 4, n=10_000, recipe=asking(smoothing={"radii": ["1"], "n": 10_000}),
+             protocol="l2-sequential-1")  # fmt: skip
+    made_by(tmp_path, "a", "smoothing-sequential", radius=[1.01] * 4, proved_by="e-value")
+    (row,) = only(tmp_path).rows
+    of_l2 = {k: v for k, v in FIGURE.items() if k != "radius"}
+    of_l2 |= {"norm": "l2", "sigma": 0.5, "metric": "certified_accuracy", "value": 60.0}
+    figures = {at: PublishedFigure.model_validate(of_l2 | {"at": at}) for at in ("0.5", "1")}
+    assert hindrance(row, figures["0.5"]) == "its draws ended before that radius was decided"
+    assert hindrance(row, figures["1"]) == ""
 
 
 def test_an_acr_of_all_draws_is_not_cut(tmp_path: Path) -> None:

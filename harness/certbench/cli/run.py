@@ -125,7 +125,8 @@ def _check_names(recipe: Recipe, plugins: Plugins) -> None:
             if not isinstance(teacher, NetworkFile):
                 _check_names(teacher, plugins)
     except UsageError as error:
-        raise UsageError(f"{recipe.name}: {error}") from None
+        named = str(error).startswith(f"{recipe.name}: ")
+        raise error if named else UsageError(f"{recipe.name}: {error}") from None
 
 
 def finish(outcomes: Sequence[RunOutcome | None], names: Sequence[str], out: str) -> None:

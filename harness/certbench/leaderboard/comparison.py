@@ -143,9 +143,14 @@ def hindrance(row: Row, figure: PublishedFigure | None = None) -> str:
 
     Only what this harness made itself, by the certifier, guarantee and draws that the row's own recipe asks for, counts:
     certificates of somebody else, or made again by other means, are shown beside. So is every row where the figure says
-    that its network was trained with other settings.
+    that its network was trained with other settings, and a row that is but a lower bound at the figure's radius.
     """
-    return _of_row(row) or (figure.differences if figure is not None and figure.other_settings else "")
+    why = _of_row(row)
+    if not why and figure is not None and figure.other_settings:
+        why = figure.differences or ""
+    if not why and figure is not None and row.is_at_least(measure_of(figure)[0]):
+        why = "its draws ended before that radius was decided"
+    return why
 
 
 def _of_row(row: Row) -> str:

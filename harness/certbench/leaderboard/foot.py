@@ -101,8 +101,9 @@ def _cut(board: Board) -> Iterable[str]:
     rows = [row for row in board.all_rows if row.reach is not None]
     found: dict[Fraction, float] = defaultdict(float)
     for row in rows:
-        assert row.reach is not None
-        last = row.reach.last
+        last = row.reach.last if row.reach else None
+        if last is None:
+            continue
         most = max(float(np.nanmax(entry.metrics.each.radius, initial=0.0)) for entry in row.entries)
         if most >= last:  # else no image's draws ended for having proved them all
             found[last] = max(found[last], most)
@@ -111,13 +112,15 @@ def _cut(board: Board) -> Iterable[str]:
             f"{math.ceil(1000 * most) / 1000:g} where the largest is {float(last):g}"
             for last, most in sorted(found.items())
         )
-        whose = "" if len(rows) == len(board.all_rows) else ", in rows whose recipe has that goal,"
         yield (
-            f"Draws of an image end{whose} once the radii asked for that n draws can prove are decided, so no radius exceeds "
-            f"{', '.join(ends)}: ACR, and differences of ACR, are cut there."
+            'Where a recipe\'s goal is "radii", draws of an image end once the radii asked for that n draws can prove are decided, '
+            f"so no radius exceeds {', '.join(ends)}: ACR, and differences of ACR, are cut there."
         )
     if any(row.is_at_least(radius) for row in rows for radius in board.radii):
-        yield f"{AT_LEAST.strip()}: at least; that radius was not asked for, and draws of some images ended before it was decided."
+        yield (
+            f"{AT_LEAST.strip()}: at least; that radius was not asked for, or only within a tolerance, and draws of some images ended "
+            "before it was decided."
+        )
     if any(radius not in row.at for row in rows for radius in board.radii):
         yield "Empty at r: draws ended before any radius that large was decided."
 

@@ -69,6 +69,7 @@ def _measured(board: Board, row: Row, kind: str) -> dict[str, Any]:
         **_interval("clean_accuracy", row.clean),
         **_interval("certified_accuracy", row.certified),
         **_interval("acr", row.acr),
+        "lower_bounds_at": " ".join(radius for radius in board.radii if row.is_at_least(radius)) or None,
         "acr_of_cap": row.acr_of_cap,
         "attacked_accuracy": row.attacked.mean if row.attacked else None,
         "attacked_accuracy_std": row.attacked.deviation if row.attacked else None,
@@ -176,7 +177,7 @@ def tradeoffs(all_found: Sequence[Tradeoff]) -> str:
             "epochs": " ".join(map(str, point.epochs)),
             "seed": one.seed,
             "run_id": one.run_id,
-            "clean_accuracy": 100 * one.accuracy,
+            "clean_accuracy": round(100 * one.accuracy, 10),  # without the last digits of a product
             "acr_of_cap": one.robustness,
             "mean_on_front": point.on_front,
         }

@@ -68,25 +68,26 @@ class Standing:
 
 
 class Reach(NamedTuple):
-    """Which radii the draws of a row decide that end once those the recipe lists are decided.
+    """Which radii the draws of a row decide that end before all n are drawn.
 
-    ``listed``: these, ``provable``: the largest radius that n draws could prove.
+    ``listed``: those that are decided before, none where draws end within a tolerance of every radius; ``provable``: the
+    largest radius that n draws could prove.
     """
 
     listed: frozenset[Fraction]
     provable: float
 
     @property
-    def last(self) -> Fraction:
+    def last(self) -> Fraction | None:
         """The largest listed radius that n draws can prove."""
-        return max(radius for radius in self.listed if radius <= self.provable)
+        return max((radius for radius in self.listed if radius <= self.provable), default=None)
 
     def decides(self, radius: Fraction) -> bool:
         return radius in self.listed or radius > self.provable
 
     def stops_short(self, radius: Fraction) -> bool:
         """Whether it is above all that draws decide; an undecided one below has at least the images of the next one."""
-        return radius > self.last and not self.decides(radius)
+        return self.last is not None and radius > self.last and not self.decides(radius)
 
 
 @dataclass(frozen=True)
@@ -349,10 +350,13 @@ def _sampling(group: Sequence[Entry]) -> Sampling | None:
 def _reach(run: Mapping[str, Any], certifier: str, sampling: Sampling | None) -> Reach | None:
     asked = (json.loads(run["recipe"]).get("certify") or {}).get("smoothing") or {}
     usual = Smoothing()
-    if sampling is None or not certifier.startswith(SEQUENTIAL) or asked.get("goal", usual.goal) != "radii":
+    goal = asked.get("goal", usual.goal)
+    if sampling is None or not certifier.startswith(SEQUENTIAL) or goal == "budget":
         return None
     n = asked.get("n", usual.n)
     provable = float(anytime_radius(n, n, sampling.alpha, sampling.sigma))
+    if goal == "tolerance":
+        return Reach(frozenset(), provable)
     radii = frozenset(map(Fraction, asked.get("radii", usual.radii)))
     return Reach(radii, provable) if any(0 < radius <= provable for radius in radii) else None
 

@@ -194,9 +194,10 @@ def _published(published: Published, shown: Sequence[c.Column]) -> dict[str, Any
 def _details(row: Row, board: Board) -> list[tuple[str, list[tuple[str, str]]]]:
     """Groups of (name, value) that a row unfolds to."""
     run = row.run
+    more = c.AT_LEAST if row.is_at_least("0") else ""
     figures = [
-        ("clean", _with_interval(row.clean, 2, "%")),
-        ("certified", _with_interval(row.certified, 2, "%")),
+        ("clean", _with_interval(row.clean, 2, "%") + more),
+        ("certified", _with_interval(row.certified, 2, "%") + more),
         ("attacked", _with_interval(row.attacked, 2, "%")),
         ("ACR", _with_interval(row.acr, 4, "")),
         ("radius cap", format_radius(row.cap) if row.cap else ""),
