@@ -87,7 +87,8 @@ def _meaning(board: Board) -> Iterable[str]:
             "n are not compared. alpha of all: the probability that any certificate of a run is wrong is at most that. "
             "mean draws: all draws of an image."
         )
-        yield from _cut(board)
+        yield from _cut(board.all_rows)
+        yield from _undecided(board)
         return
     yield (
         "clean and certified: mean over seeds ± sample standard deviation, percent of images. ACR: mean certified "
@@ -96,9 +97,8 @@ def _meaning(board: Board) -> Iterable[str]:
     )
 
 
-def _cut(board: Board) -> Iterable[str]:
+def _cut(rows: Iterable[Row]) -> Iterable[str]:
     """Where draws end once the radii that were asked for are decided, more draws would have proved larger ones."""
-    rows = [row for row in board.all_rows if row.reach is not None]
     found: dict[Fraction, float] = defaultdict(float)
     for row in rows:
         last = row.reach.last if row.reach else None
@@ -116,6 +116,11 @@ def _cut(board: Board) -> Iterable[str]:
             'Where a recipe\'s goal is "radii", draws of an image end once the radii asked for that n draws can prove are decided, '
             f"so no radius exceeds {', '.join(ends)}: ACR, and differences of ACR, are cut there."
         )
+
+
+def _undecided(board: Board) -> Iterable[str]:
+    """What cells say at radii that draws ended before deciding."""
+    rows = [row for row in board.all_rows if row.reach is not None]
     if any(row.is_at_least(radius) for row in rows for radius in board.radii):
         yield (
             f"{AT_LEAST.strip()}: at least; that radius was not asked for, or only within a tolerance, and draws of some images ended "
